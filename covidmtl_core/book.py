@@ -1,0 +1,311 @@
+"""What a chapter needs to be a chapter: parameters, paths, a banner, records, provenance.
+
+Also the assembly of executed chapters into the source that Jupyter Book renders.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from covidmtl_core import claims, fetch
+from covidmtl_core.cohort import check_tier
+from covidmtl_core.errors import DataError, ParameterError
+
+RESULTS_VARIABLE = "COVIDMTL_RESULTS"
+REPOSITORY = "https://github.com/covid-mtl-book/covid-mtl-book"
+
+BANNERS = {
+    "phantom": (
+        "Synthetic data",
+        "This page was built on a seeded synthetic cohort. No computed number on it says anything "
+        "about COVID-19, and none has a verdict.",
+    ),
+    "released": (
+        "Released data",
+        "Computed on the authors' released tables of 1,329 patients; no CT volume was used.",
+    ),
+    "volumes": ("CT volumes", "Computed on CT volumes supplied by the reader."),
+}
+_COLOURS = {"phantom": "#D55E00", "released": "#009E73", "volumes": "#0072B2"}
+
+
+def repository_folder() -> Path | None:
+    """The working copy this package runs from, or None if it was installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "book" / "_toc.yml").is_file() else None
+
+
+def results_root() -> Path:
+    """`$COVIDMTL_RESULTS`, else `results` in the repository, else in the working folder."""
+    named = os.environ.get(RESULTS_VARIABLE)
+    return Path(named) if named else (repository_folder() or Path.cwd()) / "results"
+
+
+def results_folder(tier: str, chapter: str) -> Path:
+    """Where a chapter's results for a tier are kept."""
+    return results_root() / tier / chapter
+
+
+def upstream_table(tier: str, chapter: str, name: str) -> pd.DataFrame | None:
+    """A table that another chapter saved with `Chapter.save_table`, or None if it was not run."""
+    path = results_folder(tier, chapter) / f"{name}.csv"
+    return pd.read_csv(path, index_col=0) if path.is_file() else None
+
+
+def upstream_records(tier: str, chapters: Iterable[str]) -> dict[str, claims.Record]:
+    """What other chapters measured on real data; nothing in the phantom tier.
+
+    Raises:
+        DataError: A chapter was not run in this tier.
+    """
+    records: dict[str, claims.Record] = {}
+    for name in chapters if tier != "phantom" else ():
+        path = results_folder(tier, name) / "claims.json"
+        if not path.is_file():
+            raise DataError(
+                f"The results of the chapter {name} are missing: run book/{name}.ipynb with "
+                f"tier {tier!r} first (or `make book`)."
+            )
+        records |= claims.load_records(path)
+    return records
+
+
+def resolve_tier(tier: str) -> str:
+    """`auto` becomes `released` if its tables can be had, else `phantom`; others stay.
+
+    Raises:
+        ParameterError: The tier is unknown.
+    """
+    if tier != "auto":
+        check_tier(tier, needs_tables=False)
+        return tier
+    try:
+        for entry in fetch.registry().values():
+            if not entry.optional and entry.urls:
+                fetch.fetch(entry.id)
+    except DataError:
+        return "phantom"
+    return "released"
+
+
+@dataclass
+class Chapter:
+    """A running chapter. Made by `start`; closed by `finish`."""
+
+    name: str
+    tier: str
+    parameters: dict[str, Any]
+    started: float = field(default_factory=time.monotonic)
+    records: dict[str, claims.Record] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        """Where this chapter's results go."""
+        return results_folder(self.tier, self.name)
+
+    def record(self, claim_id: str, value: float, **fields: Any) -> None:
+        """Note what was measured for a claim; `fields` are those of `claims.Record`."""
+        self.records[claim_id] = claims.Record(claim_id, self.tier, float(value), **fields)
+
+    def save_table(self, name: str, table: pd.DataFrame) -> None:
+        """Keep a tidy table as `NAME.csv` among the chapter's results."""
+        claims.write_atomically(self.folder / f"{name}.csv", table.to_csv(lineterminator="\n"))
+
+    def compare(self) -> pd.DataFrame:
+        """Paper against book for everything recorded so far, ready to be shown."""
+        board = claims.scoreboard(self.records).loc[list(self.records)]
+        known = claims.load_claims()
+        rows = {}
+        for claim_id, row in board.iterrows():
+            claim, record = known[str(claim_id)], self.records[str(claim_id)]
+            rows[claim_id] = {
+                "what": " ".join(filter(None, [claim.model, claim.task.upper(), claim.metric])),
+                "paper": row["paper"],
+                "book": row["book"],
+                "95 % of seeds": claims.printed_range(claim, record.low, record.high),
+                "95 % of patients": claims.printed_range(
+                    claim, record.patients_low, record.patients_high
+                ),
+                "done right": ""
+                if record.correct is None
+                else claims.printed_like(claim, record.correct),
+                "verdict": claims.verdict(claim, record) or "none (synthetic)",
+            }
+        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
+        return table.loc[:, (table != "").any()]
+
+    def finish(self) -> Any:
+        """Write `claims.json` and show the provenance line."""
+        facts = provenance(self)
+        claims.save_records(self.folder / "claims.json", self.records.values(), facts)
+        data = "; ".join(f"{name} {value[:12]}" for name, value in facts["data"].items())
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        parameters = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        return _html(
+            f"<small><b>Provenance.</b> Commit {facts['commit']}; {versions}; data: {data}; "
+            f"parameters: {parameters}; {facts['device']}; {facts['seconds']} s.</small>"
+        )
+
+
+def start(name: str, tier: str, **parameters: Any) -> Chapter:
+    """Open a chapter: check its parameters and show the banner that names the data.
+
+    Args:
+        name: The chapter's file name without `.ipynb`.
+        tier: `phantom`, `released` or `volumes`.
+        **parameters: The chapter's other parameters; sizes (`n_...`) and `seed` must be whole
+            numbers, sizes at least 1.
+
+    Raises:
+        ParameterError: A parameter cannot be used; the message names it.
+    """
+    check_tier(tier)
+    for key, value in parameters.items():
+        least = 0 if key == "seed" else 1
+        if key == "seed" or key.startswith("n_"):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ParameterError(
+                    f"{key} is {value!r}; it must be a whole number of at least {least}."
+                )
+    from IPython.display import display
+
+    display(_html(banner_html(tier)))
+    return Chapter(name, tier, parameters)
+
+
+def banner_html(tier: str) -> str:
+    """The banner that tells which data a page was computed on."""
+    title, text = BANNERS[tier]
+    return (
+        f'<div class="data-banner" data-tier="{tier}" style="border-left:0.4rem solid '
+        f'{_COLOURS[tier]};padding:0.4rem 0.8rem;margin:0.5rem 0"><b>{title}.</b> {text}</div>'
+    )
+
+
+def provenance(chapter: Chapter) -> dict[str, Any]:
+    """What a result came from: commit, versions, data, parameters, device, time."""
+    if chapter.tier == "phantom":
+        from covidmtl_core.phantom import SEED
+
+        data = {"synthetic cohort, seed": str(SEED)}
+    else:
+        entries = (fetch.registry()[name] for name in ("patients", "features"))
+        data = {entry.file: entry.sha256 or "" for entry in entries}
+    return {
+        "chapter": chapter.name,
+        "tier": chapter.tier,
+        "commit": _commit(),
+        "versions": _versions(),
+        "data": data,
+        "parameters": chapter.parameters,
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seconds": round(time.monotonic() - chapter.started),
+    }
+
+
+def _versions() -> dict[str, str]:
+    versions = {"Python": platform.python_version()}
+    for package in ("numpy", "pandas", "scikit-learn", "lightgbm", "scipy", "statsmodels"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _commit() -> str:
+    root = repository_folder()
+    if root is None:
+        return f"covidmtl-core {metadata.version('covidmtl-core')}"
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return answer.stdout.strip()
+
+
+def _html(text: str) -> Any:
+    from IPython.display import HTML
+
+    return HTML(text)
+
+
+# --- assembling the book --------------------------------------------------------------------
+
+
+def chapters(source: Path) -> list[str]:
+    """Names of the notebooks that `_toc.yml` lists, in reading order."""
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
+    names = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    return [name for name in names if (source / f"{name}.ipynb").is_file()]
+
+
+def assemble(source: Path, runs: Path, tier: str) -> Path:
+    """Put executed chapters and pages together as a source that Jupyter Book can render.
+
+    Pages without code get the banner below their title; a chapter that was not executed is
+    copied with a note that says so.
+
+    Args:
+        source: The folder `book` of the repository.
+        runs: The folder with the executed notebooks of one tier.
+        tier: Their tier.
+
+    Returns:
+        The assembled folder, `book` within `runs`.
+    """
+    target = runs / "book"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in ("_toc.yml", "references.bib"):
+        shutil.copy(source / name, target)
+    shutil.copytree(source / "_static", target / "_static")
+    for page in source.glob("*.md"):
+        title, _, body = page.read_text(encoding="utf-8").partition("\n")
+        claims.write_atomically(target / page.name, f"{title}\n\n{banner_html(tier)}\n{body}")
+    glance = results_folder(tier, "scoreboard") / "at_a_glance.md"
+    text = (
+        glance.read_text() if glance.is_file() else "The scoreboard was not executed in this build."
+    )
+    claims.write_atomically(target / "at_a_glance.txt", text)
+    for name in chapters(source):
+        executed = (runs / f"{name}.ipynb").is_file()
+        path = (runs if executed else source) / f"{name}.ipynb"
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if not executed:
+            note = "```{warning}\nThis chapter was not executed in this build.\n```"
+            cell = {"cell_type": "markdown", "id": "not-executed", "metadata": {}, "source": note}
+            notebook["cells"].insert(1, cell)
+        for cell in notebook["cells"]:
+            # The banner and the provenance line say what papermill's cell repeats.
+            if "injected-parameters" in cell["metadata"].get("tags", ()):
+                cell["metadata"]["tags"].append("remove-cell")
+        claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
+    return target
+
+
+def failures(runs: Path, tier: str, names: Iterable[str]) -> list[str]:
+    """One line for each chapter that did not finish: what happened and where to look."""
+    lines = []
+    for name in names:
+        path = runs / f"{name}.ipynb"
+        if (results_folder(tier, name) / "claims.json").is_file():
+            continue
+        if path.is_file():
+            lines.append(f"{name} failed: see {path} and {path.with_suffix('.log')}")
+        else:
+            lines.append(f"{name} was not run, because a chapter it builds on failed")
+    return lines

@@ -1,0 +1,475 @@
+"""The book's signature: every number of the paper, the book's own beside it, and a verdict.
+
+`data_manifest/paper_claims.yml` holds the claims. A chapter records what it measured; a record on
+released data or volumes gets a verdict, one on phantoms never does.
+"""
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from covidmtl_core.errors import ClaimError
+from covidmtl_core.evaluation import exact_interval
+from covidmtl_core.fetch import load_manifest
+
+KINDS = ("result", "cohort", "setting")
+NEEDS = ("released", "volumes", "masks", "external")
+RELATIONS = ("=", "<", ">", "~")
+
+EXACT = "exact"
+AGREES = "agrees"
+DIFFERS = "differs"
+CHECKED = "checked from print"
+CONTRADICTED = "contradicted from print"
+NEEDS_VOLUMES = "needs the CT volumes"
+NOT_MEASURED = "not measured yet"
+STATEMENT = "statement"
+VERDICTS = (EXACT, AGREES, DIFFERS)
+STATUSES = (*VERDICTS, CHECKED, CONTRADICTED, NEEDS_VOLUMES, NOT_MEASURED, STATEMENT)
+
+MIN_SEEDS = 10
+"""A stochastic result can agree only if so many training seeds were run."""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One number that the paper states.
+
+    Attributes:
+        id: Unique name, `place.model.task.metric` where that applies.
+        place: Sections and tables that state it.
+        kind: `result` (of an experiment), `cohort` (counted in the data) or `setting`.
+        metric: What the number is.
+        value: The number as printed.
+        precision: Decimals printed.
+        unit: `%`, `mm`, ...; empty for a pure number.
+        model: Model or method, where there is one.
+        task: `ct`, `nat` or `severity`, where there is one.
+        spread: Printed standard deviation, or None.
+        relation: `=` states the value, `<` and `>` bounds, `~` an approximation.
+        needs: Data a measurement needs (`released`, `volumes`, `masks`, `external`); empty if no
+            data can settle it.
+        check: How the printed number can be checked without data, a rule of `PRINT_RULES`.
+        note: What a reader should know about the printed number.
+    """
+
+    id: str
+    place: tuple[str, ...]
+    kind: str
+    metric: str
+    value: float
+    precision: int = 0
+    unit: str = ""
+    model: str = ""
+    task: str = ""
+    spread: float | None = None
+    relation: str = "="
+    needs: tuple[str, ...] = ()
+    check: Mapping[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def printed(self) -> str:
+        """The number as the paper prints it."""
+        digits = f"{self.value:.{self.precision}f}"
+        if 0 < abs(self.value) < 1e-4:
+            digits = f"{self.value:g}"
+        sign = {"=": "", "<": "< ", ">": "> ", "~": "about "}[self.relation]
+        spread = f" ± {self.spread:.{self.precision}f}" if self.spread is not None else ""
+        separator = " " if self.unit and self.unit != "%" else ""
+        return f"{sign}{digits}{spread}{separator}{self.unit}"
+
+    @property
+    def half_unit(self) -> float:
+        """Half a unit of the last printed decimal."""
+        return 0.5 * 10.0**-self.precision
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a chapter measured for one claim.
+
+    Attributes:
+        id: The claim's id.
+        data: `phantom`, `released` or `volumes`: what the value was measured on.
+        value: The number in the claim's unit, from the recipe as released.
+        low: Lower end of the central 95 % over training seeds; None if nothing is drawn.
+        high: Upper end.
+        seeds: Number of training seeds behind `low` and `high`; 0 if nothing is drawn.
+        patients_low: Lower end of the 95 % bootstrap interval over test patients; it is shown and
+            decides nothing.
+        patients_high: Upper end.
+        correct: The value done right, where the released recipe is not.
+        note: What a reader should know about the value.
+    """
+
+    id: str
+    data: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    seeds: int = 0
+    patients_low: float | None = None
+    patients_high: float | None = None
+    correct: float | None = None
+    note: str = ""
+
+
+@cache
+def load_claims() -> dict[str, Claim]:
+    """The claims by id, in the paper's order.
+
+    Raises:
+        ClaimError: The file breaks a rule: the message names the claim.
+    """
+    claims: dict[str, Claim] = {}
+    for fields in load_manifest("paper_claims.yml"):
+        try:
+            for name in ("place", "needs"):
+                fields[name] = tuple(fields.get(name, ()))
+            claim = Claim(**fields)
+        except TypeError as error:
+            raise ClaimError(f"paper_claims.yml: {fields.get('id', fields)}: {error}.") from error
+        _validate(claim, claims)
+        claims[claim.id] = claim
+    for claim in claims.values():
+        missing = [i for i in _operands(claim) if i not in claims]
+        if missing:
+            raise ClaimError(f"paper_claims.yml: {claim.id} checks against unknown {missing}.")
+    return claims
+
+
+def _validate(claim: Claim, earlier: Mapping[str, Claim]) -> None:
+    problems = [
+        (claim.id in earlier, "the id occurs twice"),
+        (claim.kind not in KINDS, f"kind must be one of {KINDS}"),
+        (claim.relation not in RELATIONS, f"relation must be one of {RELATIONS}"),
+        (not set(claim.needs) <= set(NEEDS), f"needs must be among {NEEDS}"),
+        (not claim.place, "place is empty"),
+        (bool(claim.check) and claim.check.get("rule") not in PRINT_RULES, "unknown check rule"),
+        (not math.isfinite(claim.value), "value is not a number"),
+    ]
+    for wrong, reason in problems:
+        if wrong:
+            raise ClaimError(f"paper_claims.yml: {claim.id}: {reason}.")
+
+
+# --- verdicts -------------------------------------------------------------------------------
+
+
+def verdict(claim: Claim, record: Record) -> str | None:
+    """How the book's number compares with the paper's.
+
+    `exact`: equal at the printed precision (or the stated bound holds). `agrees`: the paper's
+    number lies within the central 95 % of at least ten training seeds. `differs`: neither.
+
+    Returns:
+        The verdict, or None for a phantom value.
+    """
+    if record.data == "phantom":
+        return None
+    if claim.relation in "<>":
+        holds = record.value < claim.value if claim.relation == "<" else record.value > claim.value
+        return EXACT if holds else DIFFERS
+    tolerance = claim.half_unit + 1e-9
+    if abs(record.value - claim.value) <= tolerance:
+        return EXACT
+    if record.seeds >= MIN_SEEDS and record.low is not None and record.high is not None:
+        if record.low - tolerance <= claim.value <= record.high + tolerance:
+            return AGREES
+    return DIFFERS
+
+
+def status(claim: Claim, record: Record | None = None) -> str:
+    """A claim's line on the scoreboard: its verdict, else what can be said without one."""
+    measured = verdict(claim, record) if record else None
+    if measured:
+        return measured
+    if claim.check:
+        return CHECKED if check_from_print(claim).holds else CONTRADICTED
+    if "volumes" in claim.needs:
+        return NEEDS_VOLUMES
+    return NOT_MEASURED if claim.needs else STATEMENT
+
+
+# --- checks that need no data ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrintCheck:
+    """Outcome of checking a printed number against other printed numbers."""
+
+    holds: bool
+    reason: str
+
+
+def check_from_print(claim: Claim) -> PrintCheck:
+    """Check a claim by its rule.
+
+    Raises:
+        ClaimError: The claim has no rule.
+    """
+    if not claim.check:
+        raise ClaimError(f"{claim.id} has no rule to check it from print.")
+    return PRINT_RULES[claim.check["rule"]](claim)
+
+
+def counts_behind(claim: Claim) -> list[int]:
+    """The counts k of n that print as this percentage; n stands in the claim's `count` rule."""
+    n = claim.check["n"]
+    tolerance = claim.half_unit + 1e-9
+    return [k for k in range(n + 1) if abs(100 * k / n - claim.value) <= tolerance]
+
+
+def _operands(claim: Claim) -> list[str]:
+    return list(claim.check.get("of", ()))
+
+
+def _values(claim: Claim) -> list[Claim]:
+    return [load_claims()[i] for i in _operands(claim)]
+
+
+def _count(claim: Claim) -> PrintCheck:
+    n, found = claim.check["n"], counts_behind(claim)
+    text = " or ".join(str(k) for k in found) if found else "no count"
+    return PrintCheck(bool(found), f"{text} of {n} prints as {claim.printed}")
+
+
+def _same(claim: Claim) -> PrintCheck:
+    (other,) = _values(claim)
+    scale = 100 if other.unit == "%" and claim.unit != "%" else 1
+    gap = abs(claim.value - other.value / scale)
+    holds = gap <= claim.half_unit + other.half_unit / scale + 1e-9
+    return PrintCheck(holds, f"weighted recall is accuracy: {claim.printed} and {other.printed}")
+
+
+def _jaccard(claim: Claim) -> PrintCheck:
+    # J = D / (2 - D) is convex, so a mean of J lies between J(mean D) and mean D.
+    (dice,) = _values(claim)
+    low = dice.value - dice.half_unit
+    lowest, highest = low / (2 - low), dice.value + dice.half_unit
+    holds = lowest - claim.half_unit <= claim.value <= highest + claim.half_unit
+    return PrintCheck(holds, f"a mean Dice of {dice.printed} allows {lowest:.3f} to {highest:.3f}")
+
+
+def _mean(claim: Claim) -> PrintCheck:
+    others = _values(claim)
+    values = pd.Series([other.value for other in others])
+    mean, spread = values.mean(), values.std(ddof=0)
+    slack = claim.half_unit + max(other.half_unit for other in others) + 1e-9
+    holds = abs(mean - claim.value) <= slack
+    if claim.spread is not None:
+        holds &= abs(spread - claim.spread) <= slack
+    listed = ", ".join(other.printed for other in others)
+    return PrintCheck(
+        bool(holds), f"{listed} have mean {mean:.4f}, population standard deviation {spread:.4f}"
+    )
+
+
+def _difference(claim: Claim) -> PrintCheck:
+    first, second = _values(claim)
+    difference = first.value - second.value
+    slack = claim.half_unit + first.half_unit + second.half_unit if claim.precision else 0
+    if claim.relation == ">":
+        holds = difference > claim.value
+    else:
+        tolerance = 0.1 * abs(claim.value) if claim.relation == "~" else slack + 1e-9
+        holds = abs(difference - claim.value) <= tolerance
+    return PrintCheck(holds, f"{first.printed} - {second.printed} = {difference:g}")
+
+
+def _share(claim: Claim) -> PrintCheck:
+    part, whole = _values(claim)
+    share = 100 * part.value / whole.value
+    holds = abs(share - claim.value) <= claim.half_unit + 1e-9
+    return PrintCheck(holds, f"{part.printed} of {whole.printed} is {share:.2f}%")
+
+
+PRINT_RULES: dict[str, Callable[[Claim], PrintCheck]] = {
+    "count": _count,
+    "same": _same,
+    "jaccard": _jaccard,
+    "mean": _mean,
+    "difference": _difference,
+    "share": _share,
+}
+
+
+# --- records --------------------------------------------------------------------------------
+
+
+def save_records(path: Path, records: Iterable[Record], provenance: Mapping[str, Any]) -> None:
+    """Write a chapter's records, with their verdicts, in one step.
+
+    Raises:
+        ClaimError: A record names no claim, is given twice, or is not a finite number.
+    """
+    known, rows = load_claims(), {}
+    for record in records:
+        if record.id not in known:
+            raise ClaimError(f"{record.id!r} is not a claim of paper_claims.yml.")
+        if record.id in rows:
+            raise ClaimError(f"{record.id} was recorded twice.")
+        if not math.isfinite(record.value):
+            raise ClaimError(f"{record.id} was recorded as {record.value}: a number is needed.")
+        rows[record.id] = asdict(record) | {"verdict": verdict(known[record.id], record)}
+    content = {"provenance": dict(provenance), "claims": list(rows.values())}
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file so that a reader finds the old content or the new, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_records(source: Path) -> dict[str, Record]:
+    """Records by claim id.
+
+    Args:
+        source: A `claims.json`, or a folder: all `claims.json` below it.
+
+    Raises:
+        ClaimError: There is none, one cannot be read, or two files record one claim.
+    """
+    paths = sorted(source.rglob("claims.json")) if source.is_dir() else [source]
+    records: dict[str, Record] = {}
+    for path in paths:
+        try:
+            rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
+            found = [Record(**{k: v for k, v in row.items() if k != "verdict"}) for row in rows]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ClaimError(
+                f"{path} is not a file of recorded claims ({type(error).__name__}: {error}); "
+                "run its chapter again."
+            ) from error
+        for record in found:
+            if record.id in records:
+                raise ClaimError(f"{record.id} is recorded twice below {source}, again in {path}.")
+            records[record.id] = record
+    if not paths:
+        raise ClaimError(f"There is no claims.json below {source}: run a chapter first.")
+    return records
+
+
+def scoreboard(records: Mapping[str, Record]) -> pd.DataFrame:
+    """Every claim with the book's number and its status, in the paper's order.
+
+    Returns:
+        Indexed by claim id: `place`, `kind`, `model`, `task`, `metric`, `paper` (as printed),
+        `book` (at the printed precision), `status`, `reason`, and the numbers `value`,
+        `paper_value`, `low`, `high`, `patients_low`, `patients_high`, `correct`, `seeds`.
+    """
+    rows = []
+    for claim in load_claims().values():
+        record = records.get(claim.id)
+        state = status(claim, record)
+        rows.append(
+            {
+                "id": claim.id,
+                "place": ", ".join(claim.place),
+                "kind": claim.kind,
+                "model": claim.model,
+                "task": claim.task,
+                "metric": claim.metric,
+                "paper": claim.printed,
+                "book": printed_like(claim, record.value) if record else "",
+                "status": state,
+                "reason": _reason(claim, record, state),
+                "paper_value": claim.value,
+                **{
+                    name: getattr(record, name) if record else None
+                    for name in (
+                        "value",
+                        "low",
+                        "high",
+                        "patients_low",
+                        "patients_high",
+                        "correct",
+                        "seeds",
+                    )
+                },
+            }
+        )
+    return pd.DataFrame(rows).set_index("id")
+
+
+def printed_like(claim: Claim, value: float) -> str:
+    """A value at the precision and in the unit of the claim."""
+    digits = f"{value:.{claim.precision}f}"
+    if value and abs(value) < claim.half_unit:
+        digits = f"{value:.2g}"
+    return digits + (" " if claim.unit and claim.unit != "%" else "") + claim.unit
+
+
+def _reason(claim: Claim, record: Record | None, state: str) -> str:
+    if state == DIFFERS and record:
+        change = record.value - claim.value
+        return f"{change:+.{claim.precision}f} against the paper. {record.note}".strip()
+    if state == AGREES and record:
+        span = printed_range(claim, record.low, record.high)
+        return f"{record.seeds} seeds span {span}. {record.note}".strip()
+    if record and record.note:
+        return record.note
+    return check_from_print(claim).reason if claim.check else claim.note
+
+
+def diff(a: Mapping[str, Record], b: Mapping[str, Record]) -> pd.DataFrame:
+    """Claims whose value, data or verdict is not the same in two runs.
+
+    Returns:
+        Indexed by claim id: `value_a`, `value_b`, `change`, `verdict_a`, `verdict_b`; NaN and None
+        where a run has no record of the claim.
+    """
+    known = load_claims()
+    rows = {}
+    for claim_id in [i for i in known if i in a or i in b]:
+        left, right = a.get(claim_id), b.get(claim_id)
+        if left and right and (left.value, left.data) == (right.value, right.data):
+            if verdict(known[claim_id], left) == verdict(known[claim_id], right):
+                continue
+        rows[claim_id] = {
+            "value_a": left.value if left else math.nan,
+            "value_b": right.value if right else math.nan,
+            "change": right.value - left.value if left and right else math.nan,
+            "verdict_a": verdict(known[claim_id], left) if left else None,
+            "verdict_b": verdict(known[claim_id], right) if right else None,
+        }
+    columns = ["value_a", "value_b", "change", "verdict_a", "verdict_b"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("id")
+
+
+def confidence(claim: Claim, record: Record | None) -> str:
+    """A few words on how sure a claim's status is."""
+    if record and record.data != "phantom":
+        seeds = printed_range(claim, record.low, record.high)
+        patients = printed_range(claim, record.patients_low, record.patients_high)
+        parts = [f"{record.seeds} seeds: {seeds}"] if seeds else []
+        parts += [f"other patients: {patients}"] if patients else []
+        return "; ".join(parts) or "counted"
+    if claim.check.get("rule") == "count":
+        low, high = exact_interval(counts_behind(claim)[0], claim.check["n"])
+        return f"not measured; other patients: {printed_range(claim, 100 * low, 100 * high)}"
+    return "not measured"
+
+
+def printed_range(claim: Claim, low: float | None, high: float | None) -> str:
+    """An interval at the precision of the claim; empty without one."""
+    if low is None or high is None:
+        return ""
+    return f"{low:.{claim.precision}f} to {high:.{claim.precision}f}"

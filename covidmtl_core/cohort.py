@@ -1,0 +1,255 @@
+"""The cohort of section 3: patients, labels, features, the split, and what is wrong with them."""
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import train_test_split
+
+from covidmtl_core import fetch, phantom
+from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.radiomics.names import FEATURE_NAMES
+
+Tier = Literal["phantom", "released", "volumes"]
+TIERS: tuple[Tier, ...] = ("phantom", "released", "volumes")
+
+TASKS = {"ct": 2, "nat": 2, "severity": 3}
+"""The three tasks and their numbers of classes."""
+
+SEVERITY_OF_MORBIDITY = {
+    "Control": 0,
+    "Suspected": 0,
+    "Mild": 1,
+    "Regular": 1,
+    "Severe": 2,
+    "Critically ill": 2,
+}
+"""Physicians' assessment and the severity type it becomes (section 3)."""
+
+_COHORT_COLUMNS = {
+    "COVIDCT": "ct",
+    "COVIDNC": "nat",
+    "COVIDSeverity": "severity",
+    "Age": "age",
+    "Gender": "sex",
+    "Hospital": "hospital",
+    "Morbidity": "morbidity",
+}
+_GEOMETRY_COLUMNS = {
+    "TotalSlice": "slices",
+    "Height": "height",
+    "Width": "width",
+    "FirstSlice": "first_slice",
+    "LastSlice": "last_slice",
+    "MaxSliceArea": "max_slice_area",
+    "MinValue": "minimum",
+    "MaxValue": "maximum",
+}
+
+
+def check_tier(tier: str, needs_tables: bool = True) -> None:
+    """Reject a tier that does not exist, or that has no tables.
+
+    Raises:
+        ParameterError: The tier is unknown, or it is `volumes` and tables are needed.
+    """
+    if tier not in TIERS:
+        raise ParameterError(f"tier is {tier!r}; it must be one of {', '.join(TIERS)}.")
+    if tier == "volumes" and needs_tables:
+        raise ParameterError(
+            "tier 'volumes' starts from CT scans, and this version has no preprocessing yet that "
+            "turns scans into a table; run with tier 'released' or 'phantom'."
+        )
+
+
+def load_cohort(tier: str = "released") -> pd.DataFrame:
+    """Labels and demographics of the enrolled patients.
+
+    Args:
+        tier: `released` (the authors' 1,329 patients) or `phantom` (synthetic).
+
+    Returns:
+        One row a patient in the file's order, indexed by `patient_id`: `ct`, `nat` (0 or 1),
+        `severity` (0, 1 or 2), `age` (years), `sex` (Female or Male), `hospital`, `morbidity`.
+
+    Raises:
+        ParameterError: The tier is unknown or has no tables.
+        DataError: The released table cannot be had.
+    """
+    check_tier(tier)
+    if tier == "phantom":
+        return phantom.synthetic_cohort()
+    return _patients()[list(_COHORT_COLUMNS)].rename(columns=_COHORT_COLUMNS)
+
+
+def load_features(tier: str = "released") -> pd.DataFrame:
+    """The 375 lung features of the enrolled patients (section 4.1), raw values.
+
+    Returns:
+        float64, indexed by `patient_id` in the order of `load_cohort`, columns `FEATURE_NAMES`.
+
+    Raises:
+        ParameterError: The tier is unknown or has no tables.
+        DataError: The released table cannot be had, or lacks a feature.
+    """
+    check_tier(tier)
+    if tier == "phantom":
+        return phantom.synthetic_features(phantom.synthetic_cohort())
+    table = _indexed(fetch.read_pickled_table(fetch.fetch("features")))
+    if tuple(table.columns) != FEATURE_NAMES:
+        raise DataError("The released feature table does not have the 375 columns of the paper.")
+    return table.astype(np.float64)
+
+
+def load_laboratory() -> pd.DataFrame:
+    """Laboratory values of the source cohort's 1,521 patients (released tier only).
+
+    Returns:
+        Indexed by `patient_id`, one column a test by its abbreviation, NaN where not measured.
+        Units and normal ranges stand in the file `laboratory-definitions`.
+
+    Raises:
+        DataError: The table cannot be had.
+    """
+    sheets = pd.read_excel(fetch.fetch("laboratory"), sheet_name=None)
+    panels = [_indexed(sheet.drop(columns="Unnamed: 0")) for sheet in sheets.values()]
+    return pd.concat(panels, axis=1)
+
+
+def load_source_cohort(tier: str = "released") -> pd.DataFrame:
+    """All patients of the source cohort, enrolled or not.
+
+    Returns:
+        Indexed by `patient_id`: `age`, `sex`, `hospital`, `morbidity`, `enrolled` (is the patient
+        among the paper's 1,329) and `segmentation_failed` (is the patient on the authors' list).
+
+    Raises:
+        ParameterError: The tier is unknown or has no tables.
+        DataError: A released table cannot be had.
+    """
+    check_tier(tier)
+    if tier == "phantom":
+        return phantom.synthetic_source_cohort()
+    table = pd.read_excel(fetch.fetch("source-patients"))
+    table["PID"] = table["Patient"].str.removeprefix("Patient ").astype(int)
+    table = _indexed(table).rename(columns=_COHORT_COLUMNS)
+    table = table[["age", "sex", "hospital", "morbidity"]]
+    failed = pd.read_excel(fetch.fetch("failed-segmentations")).iloc[:, 0]
+    table["enrolled"] = table.index.isin(_patients().index)
+    table["segmentation_failed"] = table.index.isin(failed)
+    return table
+
+
+def load_geometry(tier: str = "released") -> pd.DataFrame:
+    """Geometry and intensity range (HU + 1024) of each patient's segmented volume.
+
+    Returns:
+        Indexed by `patient_id`: `slices`, `height`, `width`, `first_slice`, `last_slice`,
+        `max_slice_area` (pixels of 1 mm), `minimum`, `maximum`.
+
+    Raises:
+        ParameterError: The tier is unknown or has no tables.
+        DataError: The released table cannot be had.
+    """
+    check_tier(tier)
+    if tier == "phantom":
+        return phantom.synthetic_geometry(phantom.synthetic_cohort())
+    return _patients()[list(_GEOMETRY_COLUMNS)].rename(columns=_GEOMETRY_COLUMNS)
+
+
+def split(cohort: pd.DataFrame) -> tuple[pd.Index, pd.Index]:
+    """The paper's split: 30 % for testing, stratified by NAT, with the authors' seed (section 3).
+
+    Args:
+        cohort: As returned by `load_cohort`, in its order (the draw depends on the order).
+
+    Returns:
+        Patient ids for training and for testing; 930 and 399 on the released cohort.
+    """
+    train, test = train_test_split(
+        cohort.index, stratify=cohort["nat"], test_size=0.30, random_state=11, shuffle=True
+    )
+    return train, test
+
+
+def identical_scans(features: pd.DataFrame, decimals: int | None = None) -> list[tuple[int, ...]]:
+    """Groups of patients whose features are all the same, as two different scans never are.
+
+    Args:
+        features: One row a patient.
+        decimals: Compare after rounding to so many decimals; None compares every bit.
+
+    Returns:
+        Patient ids of each group, smallest first.
+    """
+    values = features if decimals is None else features.round(decimals)
+    keys = pd.util.hash_pandas_object(values, index=False)
+    repeated = keys[keys.duplicated(keep=False)]
+    groups = (tuple(sorted(ids)) for ids in repeated.groupby(repeated).groups.values())
+    return sorted(groups)
+
+
+def check(cohort: pd.DataFrame, features: pd.DataFrame, geometry: pd.DataFrame) -> pd.DataFrame:
+    """Everything in the tables that a careful reader would ask about.
+
+    Args:
+        cohort: As returned by `load_cohort`.
+        features: As returned by `load_features`.
+        geometry: As returned by `load_geometry`.
+
+    Returns:
+        One row a check: `check`, `finding` (a sentence), `count` (patients or features concerned,
+        0 if all is well) and `ids` (their patient ids or names).
+    """
+    test = set(split(cohort)[1])
+    twins = identical_scans(features)
+    near = [pair for pair in identical_scans(features, decimals=6) if pair not in twins]
+    across = [ids for ids in twins + near if 0 < len(test & set(ids)) < len(ids)]
+    expected = cohort["morbidity"].map(SEVERITY_OF_MORBIDITY)
+    disagree = cohort["ct"] != cohort["nat"]
+    constant = features.columns[features.min() == features.max()]
+    rows = [
+        ("identical scans", "patients sharing all features to the last bit", sum(twins, ())),
+        ("identical scans", "patients sharing all features to 6 decimals only", sum(near, ())),
+        ("split", "patients whose identical scan is on the other side", sum(across, ())),
+        (
+            "labels",
+            "severity is not the one of the morbidity",
+            _ids(cohort["severity"] != expected),
+        ),
+        (
+            "labels",
+            "severity 0 but NAT positive, or the reverse",
+            _ids((cohort["severity"] == 0) != (cohort["nat"] == 0)),
+        ),
+        ("labels", "CT positive, NAT negative", _ids(disagree & (cohort["ct"] == 1))),
+        ("labels", "CT negative, NAT positive", _ids(disagree & (cohort["ct"] == 0))),
+        (
+            "values",
+            "features missing or infinite",
+            tuple(features.index[~np.isfinite(features.to_numpy()).all(axis=1)]),
+        ),
+        ("values", "largest lung area below zero", _ids(geometry["max_slice_area"] < 0)),
+        ("values", "brightest voxel above 4095", _ids(features["Maximum"] > 4095)),
+        ("values", "feature is the same for everybody", tuple(constant)),
+        (
+            "values",
+            "TotalEnergy only repeats Energy",
+            ("TotalEnergy",) if features["TotalEnergy"].equals(features["Energy"]) else (),
+        ),
+    ]
+    table = pd.DataFrame(rows, columns=["check", "finding", "ids"])
+    table.insert(2, "count", table["ids"].map(len))
+    return table
+
+
+def _ids(flags: pd.Series) -> tuple[int, ...]:
+    return tuple(flags.index[flags])
+
+
+def _indexed(table: pd.DataFrame) -> pd.DataFrame:
+    return table.set_index("PID").rename_axis("patient_id")
+
+
+def _patients() -> pd.DataFrame:
+    return _indexed(fetch.read_pickled_table(fetch.fetch("patients")))

@@ -1,0 +1,21 @@
+"""The errors of the package. Each says what is wrong with which file or value, and what to do."""
+
+
+class CovidMTLError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class DataError(CovidMTLError):
+    """A data file is missing, damaged or not what its name says."""
+
+
+class ParameterError(CovidMTLError, ValueError):
+    """A value given by the caller cannot be used."""
+
+
+class ClaimError(CovidMTLError):
+    """A claims file or a recorded result breaks the rules of the claims file."""
+
+
+class MissingDependencyError(CovidMTLError, ImportError):
+    """An optional package is needed for this call and is not installed."""

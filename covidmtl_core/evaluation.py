@@ -1,0 +1,198 @@
+"""Classification measures as the paper reports them and as they should be, with intervals."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from sklearn.metrics import (
+    accuracy_score,
+    auc,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
+
+from covidmtl_core.errors import ParameterError
+
+METRICS = ("precision", "recall", "f1", "accuracy", "auc")
+
+
+def one_vs_rest_aucs(labels: ArrayLike, probabilities: ArrayLike) -> NDArray[np.float64]:
+    """Exact area under the ROC curve of each class against the others.
+
+    Args:
+        labels: (n,) classes 0..k-1.
+        probabilities: (n, k).
+
+    Returns:
+        (k,) areas. With two classes both are the same.
+
+    Raises:
+        ParameterError: The shapes do not fit, or a class does not occur.
+    """
+    return _per_class(roc_auc_score, labels, probabilities)
+
+
+def interpolated_auc(truth: ArrayLike, scores: ArrayLike, points: int = 100) -> float:
+    """Area under a ROC curve resampled at evenly spaced false-positive rates.
+
+    The released code reports this instead of the exact area (it is the usual recipe for averaging
+    curves). The curve starts at the origin even where the first true positives cost nothing.
+
+    Args:
+        truth: (n,) boolean, True for the positive class.
+        scores: (n,) larger for more likely positive.
+        points: Number of false-positive rates between 0 and 1.
+    """
+    false_positive, true_positive, _ = roc_curve(truth, scores)
+    grid = np.linspace(0, 1, points)
+    resampled = np.interp(grid, false_positive, true_positive)
+    resampled[0], resampled[-1] = 0.0, 1.0
+    return float(auc(grid, resampled))
+
+
+def interpolated_aucs(labels: ArrayLike, probabilities: ArrayLike) -> NDArray[np.float64]:
+    """`interpolated_auc` of each class against the others; arguments as `one_vs_rest_aucs`."""
+    return _per_class(interpolated_auc, labels, probabilities)
+
+
+def _per_class(
+    area: Callable[..., float], labels: ArrayLike, probabilities: ArrayLike
+) -> NDArray[np.float64]:
+    y, p = _checked(labels, probabilities)
+    return np.array([area(y == k, p[:, k]) for k in range(p.shape[1])])
+
+
+def classification_metrics(labels: ArrayLike, probabilities: ArrayLike) -> dict[str, float]:
+    """The measures of Tables 3 and 4.
+
+    Args:
+        labels: (n,) classes 0..k-1.
+        probabilities: (n, k); the class with the largest is the prediction.
+
+    Returns:
+        `precision`, `recall`, `f1` (weighted by class size, as released), `accuracy` (fractions),
+        `auc` and `auc_spread` as released (interpolated, mean and population standard deviation
+        over the classes), `exact_auc` and `exact_auc_spread` done right.
+
+    Raises:
+        ParameterError: The shapes do not fit, or a class does not occur.
+    """
+    y, p = _checked(labels, probabilities)
+    predicted = p.argmax(axis=1)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        y, predicted, average="weighted", zero_division=0
+    )
+    released, exact = interpolated_aucs(y, p), one_vs_rest_aucs(y, p)
+    return {
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "accuracy": float(accuracy_score(y, predicted)),
+        "auc": float(released.mean()),
+        "auc_spread": float(released.std()),
+        "exact_auc": float(exact.mean()),
+        "exact_auc_spread": float(exact.std()),
+    }
+
+
+def bootstrap_metrics(
+    labels: ArrayLike, probabilities: ArrayLike, n_resamples: int, seed: int
+) -> pd.DataFrame:
+    """Percentile intervals over test patients, resampled within each class.
+
+    Resampling within classes keeps every class present and the class sizes fixed, so intervals
+    are conditional on the test set's class balance.
+
+    Args:
+        labels: (n,) classes 0..k-1.
+        probabilities: (n, k).
+        n_resamples: Number of bootstrap samples.
+        seed: Seed of the draws.
+
+    Returns:
+        Indexed by metric (`accuracy`, `exact_auc`): `low` and `high`, central 95 %.
+
+    Raises:
+        ParameterError: The shapes do not fit, or a class does not occur.
+    """
+    y, p = _checked(labels, probabilities)
+    rng = np.random.default_rng(seed)
+    members = [np.flatnonzero(y == k) for k in range(p.shape[1])]
+    correct = p.argmax(axis=1) == y
+    draws = np.empty((n_resamples, 2))
+    for i in range(n_resamples):
+        sample = np.concatenate([rng.choice(ids, len(ids)) for ids in members])
+        draws[i] = correct[sample].mean(), one_vs_rest_aucs(y[sample], p[sample]).mean()
+    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
+    return pd.DataFrame({"low": low, "high": high}, index=["accuracy", "exact_auc"])
+
+
+def exact_interval(successes: int, n: int) -> tuple[float, float]:
+    """Clopper-Pearson 95 % interval of a proportion."""
+    interval = stats.binomtest(successes, n).proportion_ci(0.95, method="exact")
+    return float(interval.low), float(interval.high)
+
+
+def hanley_mcneil_interval(area: float, positives: int, negatives: int) -> tuple[float, float]:
+    """Approximate 95 % interval of an AUC of which only value and class sizes are known.
+
+    Source: Hanley and McNeil, Radiology 143 (1982) 29-36, equation 1.
+
+    Args:
+        area: The AUC, between 0 and 1.
+        positives: Number of positive cases.
+        negatives: Number of negative cases.
+
+    Returns:
+        Lower and upper bound, cut to [0, 1].
+    """
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = (
+        area * (1 - area) + (positives - 1) * (q1 - area**2) + (negatives - 1) * (q2 - area**2)
+    ) / (positives * negatives)
+    half = stats.norm.ppf(0.975) * np.sqrt(variance)
+    return max(0.0, area - half), min(1.0, area + half)
+
+
+def mcnemar_bounds(correct_a: int, correct_b: int, n: int) -> tuple[float, float]:
+    """Smallest and largest two-sided exact P that McNemar's test can have given.
+
+    Only the numbers of correct answers of two models on the same patients are known, not how often
+    they disagree. P is smallest if the better model is right wherever the other is, and largest if
+    they disagree as often as the counts allow.
+
+    Args:
+        correct_a: Correct answers of one model.
+        correct_b: Correct answers of the other.
+        n: Number of patients.
+
+    Returns:
+        Smallest and largest P.
+    """
+    worse, better = sorted((correct_a, correct_b))
+    only_better_at_most = min(better, n - worse)
+
+    def p_value(only_better: int) -> float:
+        discordant = 2 * only_better - (better - worse)
+        return float(stats.binomtest(only_better, discordant).pvalue) if discordant else 1.0
+
+    # P need not grow steadily with the number of discordant pairs, so look at all of them.
+    values = [p_value(k) for k in range(better - worse, only_better_at_most + 1)]
+    return min(values), max(values)
+
+
+def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray, NDArray]:
+    y, p = np.asarray(labels), np.asarray(probabilities, dtype=float)
+    if y.ndim != 1 or p.ndim != 2 or len(y) != len(p):
+        raise ParameterError(
+            f"labels of shape {y.shape} do not fit probabilities of shape {p.shape}."
+        )
+    if set(np.unique(y)) != set(range(p.shape[1])):
+        raise ParameterError(
+            f"labels hold the classes {np.unique(y).tolist()}, but there are probabilities for "
+            f"classes 0 to {p.shape[1] - 1}: every class must occur, and no other."
+        )
+    return y, p

@@ -1,0 +1,1 @@
+"""High-throughput lung features (paper section 4.1)."""

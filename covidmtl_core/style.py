@@ -1,0 +1,54 @@
+"""The visual language of the book: one colour-blind-safe palette, one word for one thing.
+
+Colours are Okabe and Ito's (Color Universal Design, 2008).
+"""
+
+PALETTE = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermilion": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "grey": "#777777",
+}
+
+TASKS = {"ct": "CT (radiology)", "nat": "NAT (nucleic acid test)", "severity": "Severity"}
+CLASSES = {
+    "ct": ["CT negative", "CT positive"],
+    "nat": ["NAT negative", "NAT positive"],
+    "severity": ["Control or suspected", "Mild or regular", "Severe or critically ill"],
+}
+CLASS_COLOURS = [PALETTE["sky"], PALETTE["orange"], PALETTE["vermilion"]]
+MODELS = {"RF": "Random forest", "LGBM": "LightGBM"}
+MODEL_COLOURS = {"RF": PALETTE["blue"], "LGBM": PALETTE["vermilion"]}
+VERDICT_COLOURS = {
+    "exact": PALETTE["green"],
+    "agrees": PALETTE["sky"],
+    "differs": PALETTE["vermilion"],
+    "checked from print": PALETTE["blue"],
+    "contradicted from print": PALETTE["purple"],
+    "needs the CT volumes": PALETTE["grey"],
+    "not measured yet": "#BBBBBB",
+    "statement": "#DDDDDD",
+}
+
+
+def apply() -> None:
+    """Set the style of every figure that follows, and crisp figures in notebooks."""
+    import seaborn as sns
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+    sns.set_theme(
+        context="notebook",
+        style="whitegrid",
+        palette=list(PALETTE.values()),
+        rc={
+            "figure.dpi": 110,
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": "medium",
+            "legend.frameon": False,
+            "grid.color": "#E6E6E6",
+        },
+    )
+    set_matplotlib_formats("retina")

@@ -1,0 +1,1 @@
+"""The data registry and the claims file, read through `importlib.resources`."""

@@ -1,0 +1,104 @@
+"""Rules that every chapter keeps, read from its source."""
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from covidmtl_core import book, claims, cohort
+
+BOOK = Path(__file__).resolve().parents[2] / "book"
+CHAPTERS = book.chapters(BOOK)
+PAGES = sorted([*BOOK.glob("*.md"), *BOOK.glob("*.ipynb")])
+QUOTED = re.compile(r"([\d.,]+(?:e-\d+)?)[ %]*<!-- (paper|released):([\w.]+) -->")
+
+
+def cells(chapter: str) -> list[dict]:
+    return json.loads((BOOK / f"{chapter}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def tagged(chapter: str, tag: str) -> list[dict]:
+    return [cell for cell in cells(chapter) if tag in cell["metadata"].get("tags", ())]
+
+
+def text_of(page: Path) -> str:
+    if page.suffix == ".md":
+        return page.read_text(encoding="utf-8")
+    sources = (c["source"] for c in cells(page.stem) if c["cell_type"] == "markdown")
+    return "\n".join("".join(source) for source in sources)
+
+
+def test_every_notebook_is_in_the_table_of_contents() -> None:
+    assert sorted(CHAPTERS) == sorted(path.stem for path in BOOK.glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_chapter_has_its_fixed_parts(chapter: str) -> None:
+    first, *_ = everything = cells(chapter)
+    assert "".join(first["source"]).startswith("# ")
+    assert "**Question**" in "".join(first["source"]) and "**Time**" in "".join(first["source"])
+    assert len(tagged(chapter, "parameters")) == 1
+    sources = ["".join(cell["source"]) for cell in everything]
+    assert "google.colab" in sources[1]
+    assert "chapter.finish()" in sources[-1]
+    prose = text_of(BOOK / f"{chapter}.ipynb")
+    for heading in ("What we learned", "Exercises", "<details>"):
+        assert heading in prose, heading
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_parameters_default_to_the_phantom_tier(chapter: str) -> None:
+    (cell,) = tagged(chapter, "parameters")
+    values, source = {}, "".join(cell["source"])
+    for statement in ast.parse(source).body:
+        assert isinstance(statement, ast.Assign), "parameters are plain assignments"
+        values[statement.targets[0].id] = ast.literal_eval(statement.value)  # type: ignore[attr-defined]
+    assert values["tier"] == "phantom"
+    assert all(line.count("#") == 1 for line in source.splitlines()), "each is explained"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_sources_hold_no_outputs_but_checked_ones(chapter: str) -> None:
+    for cell in cells(chapter):
+        if cell["cell_type"] == "code":
+            assert cell["execution_count"] is None
+            checked = "nbval-check-output" in cell["metadata"].get("tags", ())
+            assert bool(cell["outputs"]) == checked
+    assert len({cell["id"] for cell in cells(chapter)}) == len(cells(chapter))
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_figures_have_captions_and_alternative_text(chapter: str) -> None:
+    for cell in cells(chapter):
+        if "plt.show()" in "".join(cell["source"]):
+            shown = cell["metadata"]["mystnb"]
+            assert shown["figure"]["caption"].endswith(".") and shown["image"]["alt"]
+
+
+def test_numbers_in_the_text_are_those_of_the_claims_file() -> None:
+    known, quoted = claims.load_claims(), 0
+    for page in PAGES:
+        for number, source, claim_id in QUOTED.findall(text_of(page)):
+            if source == "paper":
+                quoted += 1
+                printed = known[claim_id]
+                value = float(number.replace(",", ""))
+                assert value == printed.value, f"{page.name}: {number} is not {printed.printed}"
+        marks = len(re.findall(r"<!-- (?:paper|released):", text_of(page)))
+        assert marks == len(QUOTED.findall(text_of(page))), f"{page.name}: a mark without number"
+    assert quoted >= 15
+
+
+@pytest.mark.usefixtures("released")
+def test_numbers_in_the_text_are_those_measured() -> None:
+    patients = cohort.load_cohort()["morbidity"].value_counts()
+    measured = {"cohort.suspected": patients["Suspected"], "cohort.control": patients["Control"]}
+    quoted = {
+        claim_id: float(number)
+        for page in PAGES
+        for number, source, claim_id in QUOTED.findall(text_of(page))
+        if source == "released"
+    }
+    assert quoted == measured

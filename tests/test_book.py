@@ -1,0 +1,110 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from covidmtl_core import book, claims, fetch
+from covidmtl_core.errors import ClaimError, DataError, ParameterError
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(book.RESULTS_VARIABLE, str(tmp_path / "results"))
+    return tmp_path / "results"
+
+
+def test_results_go_to_the_variable_else_to_the_repository(
+    repository, results, monkeypatch
+) -> None:  # type: ignore[no-untyped-def]
+    assert book.results_folder("phantom", "cohort") == results / "phantom" / "cohort"
+    monkeypatch.delenv(book.RESULTS_VARIABLE)
+    assert book.results_root() == repository / "results"
+    monkeypatch.setattr(book, "repository_folder", lambda: None)
+    assert book.results_root() == Path.cwd() / "results"
+
+
+def test_a_chapter_leaves_claims_tables_and_provenance(results: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    chapter = book.start("cohort", tier="phantom", seed=3, n_trees=5)
+    chapter.record("cohort.studies", 350)
+    shown = chapter.compare()
+    assert shown.loc["cohort.studies", "verdict"] == "none (synthetic)"
+    chapter.save_table("numbers", shown)
+    line = chapter.finish().data
+    content = json.loads((results / "phantom" / "cohort" / "claims.json").read_text())
+    assert content["claims"][0]["verdict"] is None
+    assert content["provenance"]["parameters"] == {"seed": 3, "n_trees": 5}
+    assert content["provenance"]["commit"] in line and "seed 3" in line
+    again = book.upstream_table("phantom", "cohort", "numbers")
+    assert again is not None and list(again.index) == ["cohort.studies"]
+    assert book.upstream_table("phantom", "cohort", "nothing") is None
+    assert str(Path.home()) not in line
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"tier": "real"}, "phantom, released, volumes"),
+        ({"tier": "volumes"}, "released"),
+        ({"tier": "phantom", "n_trees": 0}, "n_trees is 0"),
+        ({"tier": "phantom", "n_seeds": "10"}, "n_seeds is '10'"),
+        ({"tier": "phantom", "n_bootstrap": 1.5}, "n_bootstrap"),
+        ({"tier": "phantom", "seed": -1}, "seed is -1"),
+        ({"tier": "phantom", "n_top": True}, "n_top"),
+    ],
+)
+def test_a_wrong_parameter_is_named(parameters: dict, message: str) -> None:
+    with pytest.raises(ParameterError, match=message):
+        book.start("cohort", **parameters)
+
+
+def test_an_unknown_claim_is_refused_at_the_end(results: Path) -> None:
+    chapter = book.start("cohort", tier="phantom")
+    chapter.record("cohort.typo", 1)
+    with pytest.raises(ClaimError, match=r"cohort\.typo"):
+        chapter.finish()
+
+
+def test_missing_upstream_results_name_their_chapter(results: Path) -> None:
+    with pytest.raises(DataError, match=r"diagnosis\.ipynb"):
+        book.upstream_records("released", ["diagnosis"])
+    assert book.upstream_records("phantom", ["diagnosis"]) == {}
+
+
+def test_auto_is_phantom_without_data(empty_cache, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    def offline(file_id: str, progressbar: bool = False) -> Path:
+        raise DataError("no network")
+
+    monkeypatch.setattr(fetch, "fetch", offline)
+    assert book.resolve_tier("auto") == "phantom"
+    assert book.resolve_tier("released") == "released", "what was asked for is never replaced"
+    with pytest.raises(ParameterError, match="sythetic"):
+        book.resolve_tier("sythetic")
+
+
+@pytest.mark.usefixtures("released")
+def test_auto_is_released_with_data() -> None:
+    assert book.resolve_tier("auto") == "released"
+
+
+def test_assembly_puts_the_banner_on_every_page(repository, results, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    source, runs = repository / "book", tmp_path / "runs"
+    target = book.assemble(source, runs, "phantom")
+    pages = sorted(path.name for path in source.glob("*.md"))
+    assert sorted(path.name for path in target.glob("*.md")) == pages
+    for name in pages:
+        assert 'data-tier="phantom"' in (target / name).read_text()
+    for name in book.chapters(source):
+        text = (target / f"{name}.ipynb").read_text()
+        assert "not executed in this build" in text
+    executed = json.loads((source / "cohort.ipynb").read_text())
+    (runs / "cohort.ipynb").write_text(json.dumps(executed))
+    target = book.assemble(source, runs, "phantom")
+    assert "not executed" not in (target / "cohort.ipynb").read_text()
+
+
+def test_failures_say_where_to_look(results: Path, tmp_path: Path) -> None:
+    claims.write_atomically(results / "phantom" / "cohort" / "claims.json", "{}")
+    (tmp_path / "diagnosis.ipynb").write_text("{}")
+    lines = book.failures(tmp_path, "phantom", ["cohort", "diagnosis", "scoreboard"])
+    assert lines[0].startswith("diagnosis failed: see") and "diagnosis.log" in lines[0]
+    assert lines[1].startswith("scoreboard was not run") and len(lines) == 2

@@ -1,0 +1,61 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from covidmtl_core import claims, fetch
+from covidmtl_core.claims import Record
+
+
+def covidmtl(*arguments: str) -> subprocess.CompletedProcess:
+    command = [str(Path(sys.executable).with_name("covidmtl")), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_fetch_lists_everything_and_fetches_nothing(empty_cache: Path) -> None:
+    answer = covidmtl("fetch", "--list")
+    assert answer.returncode == 0, answer.stderr
+    for file_id in fetch.registry():
+        assert file_id[:8] in answer.stdout
+    assert "closed" in answer.stdout
+    assert not empty_cache.exists()
+
+
+@pytest.mark.usefixtures("released")
+def test_fetch_brings_one_file(empty_cache: Path, monkeypatch, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.delenv(fetch.CACHE_VARIABLE)
+    source = fetch.fetch("failed-segmentations").parent
+    monkeypatch.setenv(fetch.CACHE_VARIABLE, str(empty_cache))
+    monkeypatch.setenv(fetch.MIRROR_VARIABLE, str(source))
+    answer = covidmtl("fetch", "failed-segmentations")
+    assert answer.returncode == 0, answer.stderr
+    assert [p.name for p in empty_cache.iterdir()] == ["abnormalSeg.xlsx"]
+    assert "present" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fetch", "lungs"], "'lungs'"),
+        (["fetch", "segmented-volumes"], "closed"),
+        (["tier", "real"], "'real'"),
+        (["claims", "diff", "/no/such/a", "/no/such/b"], "/no/such/a"),
+    ],
+)
+def test_a_mistake_is_one_message_without_traceback(empty_cache, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
+    answer = covidmtl(*arguments)
+    assert answer.returncode == 1
+    assert message in answer.stderr and answer.stderr.startswith("covidmtl: ")
+    assert "Traceback" not in answer.stderr + answer.stdout
+
+
+def test_claims_diff_compares_two_runs(tmp_path: Path) -> None:
+    for run, value in (("a", 1329), ("b", 1330)):
+        path = tmp_path / run / "released" / "cohort" / "claims.json"
+        claims.save_records(path, [Record("cohort.studies", "released", value)], {})
+    same = covidmtl("claims", "diff", str(tmp_path / "a"), str(tmp_path / "a"))
+    assert same.returncode == 0 and "same" in same.stdout
+    changed = covidmtl("claims", "diff", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert changed.returncode == 1
+    assert "cohort.studies" in changed.stdout and "differs" in changed.stdout

@@ -1,0 +1,140 @@
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+
+from covidmtl_core import evaluation
+from covidmtl_core.errors import ParameterError
+
+
+@pytest.fixture(params=[2, 3, 5])
+def case(request: pytest.FixtureRequest) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(request.param)
+    k = request.param
+    labels = np.concatenate([np.arange(k), rng.integers(0, k, 80)])
+    logits = rng.normal(size=(len(labels), k)) + 1.2 * np.eye(k)[labels]
+    probabilities = np.round(np.exp(logits) / np.exp(logits).sum(1, keepdims=True), 2)
+    return labels, probabilities  # rounded, so that there are ties
+
+
+def pairwise_auc(truth: np.ndarray, scores: np.ndarray) -> float:
+    positive, negative = scores[truth][:, None], scores[~truth][None]
+    return float(((positive > negative) + 0.5 * (positive == negative)).mean())
+
+
+def test_exact_auc_is_the_share_of_ordered_pairs(case) -> None:  # type: ignore[no-untyped-def]
+    labels, p = case
+    expected = [pairwise_auc(labels == k, p[:, k]) for k in range(p.shape[1])]
+    np.testing.assert_allclose(evaluation.one_vs_rest_aucs(labels, p), expected, atol=1e-12)
+
+
+def plain_interpolated_auc(truth: np.ndarray, scores: np.ndarray, points: int) -> float:
+    thresholds = np.r_[np.inf, np.unique(scores)[::-1]]
+    x = [(scores[~truth] >= t).mean() for t in thresholds]
+    y = [(scores[truth] >= t).mean() for t in thresholds]
+    area = 0.0
+    grid = [i / (points - 1) for i in range(points)]
+    heights = []
+    for g in grid:
+        right = next(i for i in range(len(x)) if x[i] > g) if g < 1 else len(x) - 1
+        left = right - 1
+        fraction = (g - x[left]) / (x[right] - x[left]) if x[right] > x[left] else 1.0
+        heights.append(y[left] + fraction * (y[right] - y[left]))
+    heights[0], heights[-1] = 0.0, 1.0
+    for i in range(1, points):
+        area += (grid[i] - grid[i - 1]) * (heights[i] + heights[i - 1]) / 2
+    return area
+
+
+@pytest.mark.parametrize("points", [11, 100])
+def test_interpolated_auc_equals_a_plain_one(case, points: int) -> None:  # type: ignore[no-untyped-def]
+    labels, p = case
+    got = evaluation.interpolated_auc(labels == 0, p[:, 0], points)
+    assert got == pytest.approx(plain_interpolated_auc(labels == 0, p[:, 0], points), abs=1e-9)
+
+
+def test_interpolated_auc_tends_to_the_exact_one(case) -> None:  # type: ignore[no-untyped-def]
+    labels, p = case
+    exact = pairwise_auc(labels == 0, p[:, 0])
+    assert evaluation.interpolated_auc(labels == 0, p[:, 0], 100_001) == pytest.approx(
+        exact, abs=1e-4
+    )
+
+
+def test_limiting_cases() -> None:
+    labels = np.array([0, 0, 1, 1])
+    perfect = np.eye(2)[labels]
+    metrics = evaluation.classification_metrics(labels, perfect)
+    assert metrics["accuracy"] == metrics["exact_auc"] == metrics["f1"] == 1
+    assert evaluation.classification_metrics(labels, 1 - perfect)["exact_auc"] == 0
+    assert evaluation.classification_metrics(labels, np.full((4, 2), 0.5))["exact_auc"] == 0.5
+
+
+def test_weighted_recall_is_accuracy_and_weights_are_class_sizes(case) -> None:  # type: ignore[no-untyped-def]
+    labels, p = case
+    metrics = evaluation.classification_metrics(labels, p)
+    predicted = p.argmax(axis=1)
+    assert metrics["recall"] == pytest.approx(metrics["accuracy"])
+    precision = sum(
+        (labels == k).mean() * (labels[predicted == k] == k).mean()
+        for k in range(p.shape[1])
+        if (predicted == k).any()
+    )
+    assert metrics["precision"] == pytest.approx(precision)
+
+
+@pytest.mark.parametrize(
+    ("labels", "probabilities", "message"),
+    [
+        ([0, 1, 1], np.ones((2, 2)), "shape"),
+        ([0, 0, 0], np.ones((3, 2)), "every class"),
+        ([0, 1, 2], np.ones((3, 2)), "every class"),
+        ([[0, 1]], np.ones((2, 2)), "shape"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_named(labels, probabilities, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ParameterError, match=message):
+        evaluation.classification_metrics(labels, probabilities)
+
+
+def test_bootstrap_covers_the_truth_about_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        labels = np.repeat([0, 1], 60)
+        correct = rng.random(120) < 0.8
+        scores = np.where(correct, labels, 1 - labels) + rng.normal(scale=1e-3, size=120)
+        p = np.column_stack([1 - scores, scores])
+        interval = evaluation.bootstrap_metrics(labels, p, 200, seed=1).loc["accuracy"]
+        hits += interval["low"] <= 0.8 <= interval["high"]
+    assert 51 <= hits <= 60
+
+
+def test_bootstrap_depends_on_its_seed_alone(case) -> None:  # type: ignore[no-untyped-def]
+    one, same, other = (evaluation.bootstrap_metrics(*case, 50, seed=s) for s in (1, 1, 2))
+    assert one.equals(same) and not one.equals(other)
+
+
+@pytest.mark.parametrize(("k", "n"), [(0, 10), (345, 399), (399, 399)])
+def test_exact_interval_is_the_beta_quantile(k: int, n: int) -> None:
+    low = stats.beta.ppf(0.025, k, n - k + 1) if k else 0
+    high = stats.beta.ppf(0.975, k + 1, n - k) if k < n else 1
+    assert evaluation.exact_interval(k, n) == pytest.approx((low, high), abs=1e-9)
+
+
+def test_hanley_mcneil_gives_the_articles_example() -> None:
+    # Hanley and McNeil 1982: area 0.893 from 51 abnormal and 58 normal images, SE 0.032.
+    low, high = evaluation.hanley_mcneil_interval(0.893, 51, 58)
+    assert (high - low) / (2 * 1.959964) == pytest.approx(0.032, abs=0.001)
+    assert evaluation.hanley_mcneil_interval(1.0, 5, 5) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("a", "b", "n"), [(7, 5, 9), (9, 9, 9), (4, 8, 10), (0, 3, 12)])
+def test_mcnemar_bounds_hold_all_possible_tables(a: int, b: int, n: int) -> None:
+    values = []
+    for both in range(min(a, b) + 1):
+        neither = n - a - b + both
+        if neither >= 0:
+            table = [[both, a - both], [b - both, neither]]
+            values.append(mcnemar(table, exact=True).pvalue if a + b > 2 * both else 1.0)
+    assert evaluation.mcnemar_bounds(a, b, n) == pytest.approx((min(values), max(values)))
