@@ -37,6 +37,13 @@ BANNERS = {
     ),
     "volumes": ("CT volumes", "Computed on CT volumes supplied by the reader."),
 }
+SIZES = {
+    "n_trees": {"phantom": 100, "released": 1000, "volumes": 1000},
+    "n_seeds": {"phantom": 10, "released": 10, "volumes": 10},
+    "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
+}
+"""What a size that a chapter leaves at None becomes: the paper's, or a quick one on phantoms."""
+
 _COLOURS = {"phantom": "#D55E00", "released": "#009E73", "volumes": "#0072B2"}
 
 
@@ -110,6 +117,11 @@ class Chapter:
     records: dict[str, claims.Record] = field(default_factory=dict)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        """The parameters `n_...` in the order given to `start`, with None filled in."""
+        return tuple(value for key, value in self.parameters.items() if key.startswith("n_"))
+
+    @property
     def folder(self) -> Path:
         """Where this chapter's results go."""
         return results_folder(self.tier, self.name)
@@ -164,14 +176,16 @@ def start(name: str, tier: str, **parameters: Any) -> Chapter:
     Args:
         name: The chapter's file name without `.ipynb`.
         tier: `phantom`, `released` or `volumes`.
-        **parameters: The chapter's other parameters; sizes (`n_...`) and `seed` must be whole
-            numbers, sizes at least 1.
+        **parameters: The chapter's other parameters; `seed` must be a whole number, a size
+            (`n_...`) at least 1, or None for the tier's default in `SIZES`.
 
     Raises:
         ParameterError: A parameter cannot be used; the message names it.
     """
     check_tier(tier)
     for key, value in parameters.items():
+        if value is None and key in SIZES:
+            value = parameters[key] = SIZES[key][tier]
         least = 0 if key == "seed" else 1
         if key == "seed" or key.startswith("n_"):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -6,6 +6,7 @@ released data or volumes gets a verdict, one on phantoms never does.
 
 import json
 import math
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
@@ -22,7 +23,9 @@ from covidmtl_core.fetch import load_manifest
 
 KINDS = ("result", "cohort", "setting")
 NEEDS = ("released", "volumes", "masks", "external")
-RELATIONS = ("=", "<", ">", "~")
+RELATIONS = ("=", "<", ">", ">=", "~")
+
+BOUNDS = {"<": operator.lt, ">": operator.gt, ">=": operator.ge}
 
 EXACT = "exact"
 AGREES = "agrees"
@@ -54,7 +57,7 @@ class Claim:
         model: Model or method, where there is one.
         task: `ct`, `nat` or `severity`, where there is one.
         spread: Printed standard deviation, or None.
-        relation: `=` states the value, `<` and `>` bounds, `~` an approximation.
+        relation: `=` states the value, `<`, `>` and `>=` bounds, `~` an approximation.
         needs: Data a measurement needs (`released`, `volumes`, `masks`, `external`); empty if no
             data can settle it.
         check: How the printed number can be checked without data, a rule of `PRINT_RULES`.
@@ -82,7 +85,7 @@ class Claim:
         digits = f"{self.value:.{self.precision}f}"
         if 0 < abs(self.value) < 1e-4:
             digits = f"{self.value:g}"
-        sign = {"=": "", "<": "< ", ">": "> ", "~": "about "}[self.relation]
+        sign = {"=": "", "<": "< ", ">": "> ", ">=": "≥ ", "~": "about "}[self.relation]
         spread = f" ± {self.spread:.{self.precision}f}" if self.spread is not None else ""
         separator = " " if self.unit and self.unit != "%" else ""
         return f"{sign}{digits}{spread}{separator}{self.unit}"
@@ -125,7 +128,7 @@ class Record:
 
 @cache
 def load_claims() -> dict[str, Claim]:
-    """The claims by id, in the paper's order.
+    """The claims by id, roughly in the paper's order.
 
     Raises:
         ClaimError: The file breaks a rule: the message names the claim.
@@ -176,9 +179,8 @@ def verdict(claim: Claim, record: Record) -> str | None:
     """
     if record.data == "phantom":
         return None
-    if claim.relation in "<>":
-        holds = record.value < claim.value if claim.relation == "<" else record.value > claim.value
-        return EXACT if holds else DIFFERS
+    if claim.relation in BOUNDS:
+        return EXACT if BOUNDS[claim.relation](record.value, claim.value) else DIFFERS
     tolerance = claim.half_unit + 1e-9
     if abs(record.value - claim.value) <= tolerance:
         return EXACT
@@ -278,8 +280,8 @@ def _difference(claim: Claim) -> PrintCheck:
     first, second = _values(claim)
     difference = first.value - second.value
     slack = claim.half_unit + first.half_unit + second.half_unit if claim.precision else 0
-    if claim.relation == ">":
-        holds = difference > claim.value
+    if claim.relation in BOUNDS:
+        holds = BOUNDS[claim.relation](difference, claim.value)
     else:
         tolerance = 0.1 * abs(claim.value) if claim.relation == "~" else slack + 1e-9
         holds = abs(difference - claim.value) <= tolerance

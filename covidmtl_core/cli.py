@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,13 +36,13 @@ def fetch_command(
             fetch.fetch(file_id, progressbar=sys.stderr.isatty())
         except CovidMTLError as error:
             failed.append(str(error))
-    table = Table(title="Data files")
-    for column in ("id", "file", "size", "state", "licence", "purpose"):
-        table.add_column(column, overflow="fold", justify="right" if column == "size" else "left")
+    table = Table("id", "size", "state", "licence", "what it is for", box=box.SIMPLE)
     for entry in fetch.registry().values():
         size = f"{entry.bytes / 1e6:.2f} MB" if entry.bytes else "unknown"
-        row = (entry.id, entry.file, size, fetch.state(entry), entry.licence)
-        table.add_row(*row, " ".join(filter(None, [f"{entry.purpose}.", entry.note])))
+        purpose = " ".join(filter(None, [f"{entry.purpose}.", entry.note]))
+        table.add_row(entry.id, size, fetch.state(entry), entry.licence, purpose)
+    for column in table.columns:
+        column.overflow, column.no_wrap = "fold", column.header in ("id", "size", "state")
     Console().print(table)
     print(f"Cache folder: {fetch.cache_folder()}")
     if failed:
