@@ -135,14 +135,13 @@ class Chapter:
         claims.write_atomically(self.folder / f"{name}.csv", table.to_csv(lineterminator="\n"))
 
     def compare(self) -> pd.DataFrame:
-        """Paper against book for everything recorded so far, ready to be shown."""
+        """Paper against book for everything recorded so far, by the claims' titles."""
         board = claims.scoreboard(self.records).loc[list(self.records)]
         known = claims.load_claims()
         rows = {}
         for claim_id, row in board.iterrows():
             claim, record = known[str(claim_id)], self.records[str(claim_id)]
-            rows[claim_id] = {
-                "what": " ".join(filter(None, [claim.model, claim.task.upper(), claim.metric])),
+            rows[claim_title(row)] = {
                 "paper": row["paper"],
                 "book": row["book"],
                 "95 % of seeds": claims.printed_range(claim, record.low, record.high),
@@ -168,6 +167,13 @@ class Chapter:
             f"<small><b>Provenance.</b> Commit {facts['commit']}; {versions}; data: {data}; "
             f"parameters: {parameters}; {facts['device']}; {facts['seconds']} s.</small>"
         )
+
+
+def claim_title(row: "pd.Series[Any]") -> str:
+    """A short name of a scoreboard's row: model, task and metric."""
+    task = row["task"].upper() if row["task"] in ("ct", "nat") else row["task"]
+    metric = row["metric"].replace("auc", "AUC")
+    return ", ".join(filter(None, [row["model"], task, metric]))
 
 
 def start(name: str, tier: str, **parameters: Any) -> Chapter:

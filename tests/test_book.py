@@ -27,7 +27,7 @@ def test_a_chapter_leaves_claims_tables_and_provenance(results: Path, capsys) ->
     chapter = book.start("cohort", tier="phantom", seed=3, n_trees=5)
     chapter.record("cohort.studies", 350)
     shown = chapter.compare()
-    assert shown.loc["cohort.studies", "verdict"] == "none (synthetic)"
+    assert shown.loc["studies", "verdict"] == "none (synthetic)"
     chapter.save_table("numbers", shown)
     line = chapter.finish().data
     content = json.loads((results / "phantom" / "cohort" / "claims.json").read_text())
@@ -35,7 +35,7 @@ def test_a_chapter_leaves_claims_tables_and_provenance(results: Path, capsys) ->
     assert content["provenance"]["parameters"] == {"seed": 3, "n_trees": 5}
     assert content["provenance"]["commit"] in line and "seed 3" in line
     again = book.upstream_table("phantom", "cohort", "numbers")
-    assert again is not None and list(again.index) == ["cohort.studies"]
+    assert again is not None and list(again.index) == ["studies"]
     assert book.upstream_table("phantom", "cohort", "nothing") is None
     assert str(Path.home()) not in line
 
