@@ -70,7 +70,10 @@ def test_check_finds_the_known_faults() -> None:
     ids = checks.set_index("finding")["ids"]
     assert ids["patients sharing all features to the last bit"] == (225, 1369, 255, 1389, 866, 1125)
     assert ids["patients sharing all features to 6 decimals only"] == (228, 1371)
-    assert len(ids["patients whose identical scan is on the other side"]) == 8
+    leaked = ids["test patients whose scan is in training"]
+    assert len(leaked) == 4
+    assert {225, 1369} & set(leaked) and {255, 1389} & set(leaked)
+    assert {866, 1125} & set(leaked) and {228, 1371} & set(leaked)
     counts = checks.set_index("finding")["count"]
     assert counts["CT positive, NAT negative"] == 259
     assert counts["CT negative, NAT positive"] == 22
@@ -91,6 +94,7 @@ def test_check_finds_planted_faults() -> None:
     patients.loc[positive, "severity"] = 0
     found = cohort.check(patients, features, geometry).set_index("finding")["ids"]
     assert set(found["patients sharing all features to the last bit"]) == {test[0], train[0]}
+    assert found["test patients whose scan is in training"] == (test[0],)
     assert found["features missing or infinite"] == (train[1],)
     assert found["largest lung area below zero"] == (train[2],)
     assert found["severity 0 but NAT positive, or the reverse"] == (positive,)
