@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import yaml
 from covidmtl_core import claims, fetch
 from covidmtl_core.cohort import check_tier
 from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.style import MODELS
 
 RESULTS_VARIABLE = "COVIDMTL_RESULTS"
 REPOSITORY = "https://github.com/covid-mtl-book/covid-mtl-book"
@@ -144,8 +146,8 @@ class Chapter:
             rows[claim_title(row)] = {
                 "paper": row["paper"],
                 "book": row["book"],
-                "95 % of seeds": claims.printed_range(claim, record.low, record.high),
-                "95 % of patients": claims.printed_range(
+                "95% of seeds": claims.printed_range(claim, record.low, record.high),
+                "95% of patients": claims.printed_range(
                     claim, record.patients_low, record.patients_high
                 ),
                 "done right": ""
@@ -153,7 +155,7 @@ class Chapter:
                 else claims.printed_like(claim, record.correct),
                 "verdict": claims.verdict(claim, record) or "none (synthetic)",
             }
-        table = pd.DataFrame.from_dict(rows, orient="index").rename_axis("claim")
+        table = pd.DataFrame.from_dict(rows, orient="index")
         return table.loc[:, (table != "").any()]
 
     def finish(self) -> Any:
@@ -163,6 +165,7 @@ class Chapter:
         data = "; ".join(f"{name} {value[:12]}" for name, value in facts["data"].items())
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         parameters = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
+        parameters = parameters or "none"
         return _html(
             f"<small><b>Provenance.</b> Commit {facts['commit']}; {versions}; data: {data}; "
             f"parameters: {parameters}; {facts['device']}; {facts['seconds']} s.</small>"
@@ -173,7 +176,8 @@ def claim_title(row: "pd.Series[Any]") -> str:
     """A short name of a scoreboard's row: model, task and metric."""
     task = row["task"].upper() if row["task"] in ("ct", "nat") else row["task"]
     metric = row["metric"].replace("auc", "AUC")
-    return ", ".join(filter(None, [row["model"], task, metric]))
+    model = MODELS.get(row["model"], row["model"])
+    return ", ".join(filter(None, [model, task, metric]))
 
 
 def start(name: str, tier: str, **parameters: Any) -> Chapter:
@@ -220,8 +224,7 @@ def provenance(chapter: Chapter) -> dict[str, Any]:
 
         data = {"synthetic cohort, seed": str(SEED)}
     else:
-        entries = (fetch.registry()[name] for name in ("patients", "features"))
-        data = {entry.file: entry.sha256 or "" for entry in entries}
+        data = dict(fetch.USED)
     return {
         "chapter": chapter.name,
         "tier": chapter.tier,
@@ -309,12 +312,18 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
             note = "```{warning}\nThis chapter was not executed in this build.\n```"
             cell = {"cell_type": "markdown", "id": "not-executed", "metadata": {}, "source": note}
             notebook["cells"].insert(1, cell)
-        for cell in notebook["cells"]:
-            # The banner and the provenance line say what papermill's cell repeats.
-            if "injected-parameters" in cell["metadata"].get("tags", ()):
-                cell["metadata"]["tags"].append("remove-cell")
+        _fold_default_parameters(notebook["cells"])
         claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
     return target
+
+
+def _fold_default_parameters(cells: list[dict[str, Any]]) -> None:
+    """Where papermill injected parameters, show those and fold the defaults they replace."""
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    for default, injected in pairwise(tags):
+        if "injected-parameters" in injected:
+            injected += [tag for tag in default if tag == "remove-cell"]
+            default.append("hide-input")
 
 
 def failures(runs: Path, tier: str, names: Iterable[str]) -> list[str]:

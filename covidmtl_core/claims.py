@@ -421,13 +421,14 @@ def printed_like(claim: Claim, value: float) -> str:
 
 def _reason(claim: Claim, record: Record | None, state: str) -> str:
     if state == DIFFERS and record:
-        change = record.value - claim.value
-        return f"{change:+.{claim.precision}f} against the paper. {record.note}".strip()
+        change = f"{record.value - claim.value:+.{claim.precision}f}".replace("-", "−")
+        unit = {"%": " percentage points"}.get(claim.unit, f" {claim.unit}".rstrip())
+        return f"{change}{unit} against the paper. {record.note}".strip()
     if state == AGREES and record:
         span = printed_range(claim, record.low, record.high)
         return f"{record.seeds} seeds span {span}. {record.note}".strip()
-    if record and record.note:
-        return record.note
+    if state == EXACT and record:
+        return record.note or "equal as printed"
     return check_from_print(claim).reason if claim.check else claim.note
 
 
@@ -466,7 +467,8 @@ def confidence(claim: Claim, record: Record | None) -> str:
         return "; ".join(parts) or "counted"
     if claim.check.get("rule") == "count":
         low, high = exact_interval(counts_behind(claim)[0], claim.check["n"])
-        return f"not measured; other patients: {printed_range(claim, 100 * low, 100 * high)}"
+        interval = printed_range(claim, 100 * low, 100 * high)
+        return f"not measured; {_count(claim).reason.split(' prints')[0]} is {interval}"
     return "not measured"
 
 

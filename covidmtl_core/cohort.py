@@ -230,7 +230,7 @@ def check(cohort: pd.DataFrame, features: pd.DataFrame, geometry: pd.DataFrame) 
         ("split", "test patients whose scan is in training", leaked(features, *split(cohort))),
         (
             "labels",
-            "severity is not the one of the morbidity",
+            "severity does not match morbidity",
             _ids(cohort["severity"] != expected),
         ),
         (

@@ -24,6 +24,9 @@ from covidmtl_core.errors import DataError, ParameterError
 CACHE_VARIABLE = "COVIDMTL_CACHE"
 MIRROR_VARIABLE = "COVIDMTL_DATA_MIRROR"
 
+USED: dict[str, str] = {}
+"""The files this process asked for, with their checksums: a result's provenance."""
+
 
 @dataclass(frozen=True)
 class RegistryEntry:
@@ -147,6 +150,7 @@ def fetch(file_id: str, progressbar: bool = False) -> Path:
     """
     entry = find_entry(file_id)
     target = cache_folder() / entry.file
+    USED[entry.file] = entry.sha256 or entry.git_blob or ""
     if target.is_file():
         if matches(target, entry):
             return target

@@ -186,7 +186,7 @@ def test_scoreboard_holds_every_claim_once() -> None:
     board = claims.scoreboard({ACCURACY.id: record(86.0)})
     assert list(board.index) == list(KNOWN)
     assert board.loc[ACCURACY.id, "status"] == "differs"
-    assert board.loc[ACCURACY.id, "reason"].startswith("-0.47")
+    assert board.loc[ACCURACY.id, "reason"].startswith("−0.47 percentage points")
     assert set(board["status"]) <= set(claims.STATUSES)
 
 

@@ -98,7 +98,7 @@ def test_check_finds_planted_faults() -> None:
     assert found["features missing or infinite"] == (train[1],)
     assert found["largest lung area below zero"] == (train[2],)
     assert found["severity 0 but NAT positive, or the reverse"] == (positive,)
-    assert found["severity is not the one of the morbidity"] == (positive,)
+    assert found["severity does not match morbidity"] == (positive,)
 
 
 def test_identical_scans_come_in_groups() -> None:
