@@ -23,7 +23,8 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PATH="$(BIN):$$PATH" $(BIN)/pytest tests covidmtl_core --nbval-lax --nbval-current-env book
+	COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
+	  $(BIN)/pytest tests covidmtl_core --nbval-lax --nbval-current-env book
 
 # Execute the chapters at their smoke sizes and keep the outputs that the tests check.
 notebooks: $(READY)
@@ -39,6 +40,9 @@ $(READY): requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@if [ -e $(VENV)/ready-$(if $(filter cuda,$(TORCH)),cpu,cuda) ]; then \
+	  $(BIN)/pip uninstall --quiet --yes torch; \
+	fi
 	@if [ "$(TORCH)" = cuda ]; then \
 	  $(BIN)/pip install --quiet torch==$(TORCH_VERSION); \
 	else \

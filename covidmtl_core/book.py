@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ import yaml
 
 from covidmtl_core import claims, fetch
 from covidmtl_core.cohort import check_tier
-from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.errors import ClaimError, DataError, DownloadError, ParameterError
 from covidmtl_core.style import MODELS
 
 RESULTS_VARIABLE = "COVIDMTL_RESULTS"
@@ -94,16 +95,18 @@ def resolve_tier(tier: str) -> str:
     """`auto` becomes `released` if its tables can be had, else `phantom`; others stay.
 
     Raises:
-        ParameterError: The tier is unknown.
+        ParameterError: The tier is unknown or has no tables.
+        DataError: A file or folder is there, but wrong.
     """
     if tier != "auto":
-        check_tier(tier, needs_tables=False)
+        check_tier(tier)
         return tier
     try:
         for entry in fetch.registry().values():
             if not entry.optional and entry.urls:
                 fetch.fetch(entry.id)
-    except DataError:
+    except DownloadError as error:
+        print(f"No released data, so the book is built on phantoms. {error}", file=sys.stderr)
         return "phantom"
     return "released"
 
@@ -129,8 +132,16 @@ class Chapter:
         return results_folder(self.tier, self.name)
 
     def record(self, claim_id: str, value: float, **fields: Any) -> None:
-        """Note what was measured for a claim; `fields` are those of `claims.Record`."""
-        self.records[claim_id] = claims.Record(claim_id, self.tier, float(value), **fields)
+        """Note what was measured for a claim; `fields` are those of `claims.Record`.
+
+        Raises:
+            ClaimError: There is no such claim, it was recorded before, or a number is not finite.
+        """
+        if claim_id in self.records:
+            raise ClaimError(f"{claim_id} was recorded twice.")
+        record = claims.Record(claim_id, self.tier, float(value), **fields)
+        claims.check_record(record)
+        self.records[claim_id] = record
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Keep a tidy table as `NAME.csv` among the chapter's results."""
@@ -163,6 +174,7 @@ class Chapter:
         facts = provenance(self)
         claims.save_records(self.folder / "claims.json", self.records.values(), facts)
         data = "; ".join(f"{name} {value[:12]}" for name, value in facts["data"].items())
+        data = data or "results of other chapters"
         versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         parameters = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
         parameters = parameters or "none"
@@ -305,7 +317,7 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
     )
     claims.write_atomically(target / "at_a_glance.txt", text)
     for name in chapters(source):
-        executed = (runs / f"{name}.ipynb").is_file()
+        executed = (runs / f"{name}.done").is_file()
         path = (runs if executed else source) / f"{name}.ipynb"
         notebook = json.loads(path.read_text(encoding="utf-8"))
         if not executed:
@@ -326,15 +338,22 @@ def _fold_default_parameters(cells: list[dict[str, Any]]) -> None:
             default.append("hide-input")
 
 
-def failures(runs: Path, tier: str, names: Iterable[str]) -> list[str]:
-    """One line for each chapter that did not finish: what happened and where to look."""
-    lines = []
-    for name in names:
-        path = runs / f"{name}.ipynb"
-        if (results_folder(tier, name) / "claims.json").is_file():
-            continue
-        if path.is_file():
-            lines.append(f"{name} failed: see {path} and {path.with_suffix('.log')}")
-        else:
+def failures(runs: Path, upstream: dict[str, list[str]]) -> list[str]:
+    """One line for each chapter that did not finish: what happened and where to look.
+
+    Args:
+        runs: The folder with the executed notebooks of one tier.
+        upstream: The wanted chapters, each after those it builds on, and what it builds on.
+    """
+    lines: list[str] = []
+    unfinished: set[str] = set()
+    for name, needed in upstream.items():
+        notebook = runs / f"{name}.ipynb"
+        if unfinished & set(needed):
             lines.append(f"{name} was not run, because a chapter it builds on failed")
+        elif not (runs / f"{name}.done").is_file():
+            lines.append(f"{name} failed: see {notebook} and {notebook.with_suffix('.log')}")
+        else:
+            continue
+        unfinished.add(name)
     return lines

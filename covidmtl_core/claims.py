@@ -8,9 +8,8 @@ import json
 import math
 import operator
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,9 @@ NOT_MEASURED = "not measured yet"
 STATEMENT = "statement"
 VERDICTS = (EXACT, AGREES, DIFFERS)
 STATUSES = (*VERDICTS, CHECKED, CONTRADICTED, NEEDS_VOLUMES, NOT_MEASURED, STATEMENT)
+
+MEASURED_ON = ("released", "volumes")
+"""Data on which a value can have a verdict."""
 
 MIN_SEEDS = 10
 """A stochastic result can agree only if so many training seeds were run."""
@@ -134,13 +136,13 @@ def load_claims() -> dict[str, Claim]:
         ClaimError: The file breaks a rule: the message names the claim.
     """
     claims: dict[str, Claim] = {}
-    for fields in load_manifest("paper_claims.yml"):
+    for row in load_manifest("paper_claims.yml"):
         try:
             for name in ("place", "needs"):
-                fields[name] = tuple(fields.get(name, ()))
-            claim = Claim(**fields)
+                row[name] = tuple(row.get(name, ()))
+            claim = Claim(**row)
         except TypeError as error:
-            raise ClaimError(f"paper_claims.yml: {fields.get('id', fields)}: {error}.") from error
+            raise ClaimError(f"paper_claims.yml: {row.get('id', row)}: {error}.") from error
         _validate(claim, claims)
         claims[claim.id] = claim
     for claim in claims.values():
@@ -177,17 +179,29 @@ def verdict(claim: Claim, record: Record) -> str | None:
     Returns:
         The verdict, or None for a phantom value.
     """
-    if record.data == "phantom":
+    if record.data not in MEASURED_ON:
         return None
-    if claim.relation in BOUNDS:
-        return EXACT if BOUNDS[claim.relation](record.value, claim.value) else DIFFERS
-    tolerance = claim.half_unit + 1e-9
-    if abs(record.value - claim.value) <= tolerance:
+    if holds(claim, record.value):
         return EXACT
     if record.seeds >= MIN_SEEDS and record.low is not None and record.high is not None:
-        if record.low - tolerance <= claim.value <= record.high + tolerance:
+        if record.low <= claim.value <= record.high:
             return AGREES
     return DIFFERS
+
+
+def holds(claim: Claim, value: float, slack: float = 0.0) -> bool:
+    """Whether a value is what the claim says: its bound, about it (10%), or equal as printed.
+
+    Args:
+        claim: The claim.
+        value: A number in the claim's unit.
+        slack: Added to half a unit of the last printed decimal.
+    """
+    if claim.relation in BOUNDS:
+        return bool(BOUNDS[claim.relation](value, claim.value))
+    if claim.relation == "~":
+        return abs(value - claim.value) <= 0.1 * abs(claim.value)
+    return abs(value - claim.value) <= (claim.half_unit + slack) * (1 + 1e-6)
 
 
 def status(claim: Claim, record: Record | None = None) -> str:
@@ -227,8 +241,7 @@ def check_from_print(claim: Claim) -> PrintCheck:
 def counts_behind(claim: Claim) -> list[int]:
     """The counts k of n that print as this percentage; n stands in the claim's `count` rule."""
     n = claim.check["n"]
-    tolerance = claim.half_unit + 1e-9
-    return [k for k in range(n + 1) if abs(100 * k / n - claim.value) <= tolerance]
+    return [k for k in range(n + 1) if holds(claim, 100 * k / n)]
 
 
 def _operands(claim: Claim) -> list[str]:
@@ -248,9 +261,8 @@ def _count(claim: Claim) -> PrintCheck:
 def _same(claim: Claim) -> PrintCheck:
     (other,) = _values(claim)
     scale = 100 if other.unit == "%" and claim.unit != "%" else 1
-    gap = abs(claim.value - other.value / scale)
-    holds = gap <= claim.half_unit + other.half_unit / scale + 1e-9
-    return PrintCheck(holds, f"weighted recall is accuracy: {claim.printed} and {other.printed}")
+    equal = holds(claim, other.value / scale, other.half_unit / scale)
+    return PrintCheck(equal, f"weighted recall is accuracy: {claim.printed} and {other.printed}")
 
 
 def _jaccard(claim: Claim) -> PrintCheck:
@@ -258,41 +270,39 @@ def _jaccard(claim: Claim) -> PrintCheck:
     (dice,) = _values(claim)
     low = dice.value - dice.half_unit
     lowest, highest = low / (2 - low), dice.value + dice.half_unit
-    holds = lowest - claim.half_unit <= claim.value <= highest + claim.half_unit
-    return PrintCheck(holds, f"a mean Dice of {dice.printed} allows {lowest:.3f} to {highest:.3f}")
+    possible = lowest - claim.half_unit <= claim.value <= highest + claim.half_unit
+    return PrintCheck(
+        possible, f"a mean Dice of {dice.printed} allows {lowest:.3f} to {highest:.3f}"
+    )
 
 
 def _mean(claim: Claim) -> PrintCheck:
     others = _values(claim)
     values = pd.Series([other.value for other in others])
     mean, spread = values.mean(), values.std(ddof=0)
-    slack = claim.half_unit + max(other.half_unit for other in others) + 1e-9
-    holds = abs(mean - claim.value) <= slack
+    slack = max(other.half_unit for other in others)
+    equal = holds(claim, mean, slack)
     if claim.spread is not None:
-        holds &= abs(spread - claim.spread) <= slack
+        equal &= holds(replace(claim, value=claim.spread), spread, slack)
     listed = ", ".join(other.printed for other in others)
     return PrintCheck(
-        bool(holds), f"{listed} have mean {mean:.4f}, population standard deviation {spread:.4f}"
+        equal, f"{listed} have mean {mean:.4f}, population standard deviation {spread:.4f}"
     )
 
 
 def _difference(claim: Claim) -> PrintCheck:
     first, second = _values(claim)
     difference = first.value - second.value
-    slack = claim.half_unit + first.half_unit + second.half_unit if claim.precision else 0
-    if claim.relation in BOUNDS:
-        holds = BOUNDS[claim.relation](difference, claim.value)
-    else:
-        tolerance = 0.1 * abs(claim.value) if claim.relation == "~" else slack + 1e-9
-        holds = abs(difference - claim.value) <= tolerance
-    return PrintCheck(holds, f"{first.printed} - {second.printed} = {difference:g}")
+    slack = first.half_unit + second.half_unit if claim.precision else 0.0
+    return PrintCheck(
+        holds(claim, difference, slack), f"{first.printed} - {second.printed} = {difference:g}"
+    )
 
 
 def _share(claim: Claim) -> PrintCheck:
     part, whole = _values(claim)
     share = 100 * part.value / whole.value
-    holds = abs(share - claim.value) <= claim.half_unit + 1e-9
-    return PrintCheck(holds, f"{part.printed} of {whole.printed} is {share:.2f}%")
+    return PrintCheck(holds(claim, share), f"{part.printed} of {whole.printed} is {share:.2f}%")
 
 
 PRINT_RULES: dict[str, Callable[[Claim], PrintCheck]] = {
@@ -312,32 +322,45 @@ def save_records(path: Path, records: Iterable[Record], provenance: Mapping[str,
     """Write a chapter's records, with their verdicts, in one step.
 
     Raises:
-        ClaimError: A record names no claim, is given twice, or is not a finite number.
+        ClaimError: A record breaks a rule of `check_record`, or is given twice.
     """
     known, rows = load_claims(), {}
     for record in records:
-        if record.id not in known:
-            raise ClaimError(f"{record.id!r} is not a claim of paper_claims.yml.")
         if record.id in rows:
             raise ClaimError(f"{record.id} was recorded twice.")
-        if not math.isfinite(record.value):
-            raise ClaimError(f"{record.id} was recorded as {record.value}: a number is needed.")
+        check_record(record)
         rows[record.id] = asdict(record) | {"verdict": verdict(known[record.id], record)}
     content = {"provenance": dict(provenance), "claims": list(rows.values())}
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
+def check_record(record: Record) -> None:
+    """Refuse a record that no verdict can rest on.
+
+    Raises:
+        ClaimError: It names no claim, its data is unknown, or a number in it is not finite.
+    """
+    if record.id not in load_claims():
+        raise ClaimError(f"{record.id!r} is not a claim of paper_claims.yml.")
+    if record.data not in ("phantom", *MEASURED_ON):
+        raise ClaimError(f"{record.id} was recorded on {record.data!r}, which is no data tier.")
+    numbers = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name in ("value", "low", "high", "patients_low", "patients_high", "correct", "seeds"):
+        number = numbers[name]
+        optional = number is None and name not in ("value", "seeds")
+        if not optional and not (isinstance(number, int | float) and math.isfinite(number)):
+            raise ClaimError(f"{record.id}: {name} is {number!r}; a finite number is needed.")
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file so that a reader finds the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def load_records(source: Path) -> dict[str, Record]:
@@ -354,15 +377,20 @@ def load_records(source: Path) -> dict[str, Record]:
     for path in paths:
         try:
             rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
-            found = [Record(**{k: v for k, v in row.items() if k != "verdict"}) for row in rows]
+            names = {f.name for f in fields(Record)}
+            found = [Record(**{k: v for k, v in row.items() if k in names}) for row in rows]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ClaimError(
                 f"{path} is not a file of recorded claims ({type(error).__name__}: {error}); "
                 "run its chapter again."
             ) from error
         for record in found:
+            check_record(record)
             if record.id in records:
-                raise ClaimError(f"{record.id} is recorded twice below {source}, again in {path}.")
+                raise ClaimError(
+                    f"{record.id} is recorded twice below {source}, again in {path}: name the "
+                    "folder of one tier."
+                )
             records[record.id] = record
     if not paths:
         raise ClaimError(f"There is no claims.json below {source}: run a chapter first.")
@@ -465,7 +493,7 @@ def confidence(claim: Claim, record: Record | None) -> str:
         parts = [f"{record.seeds} seeds: {seeds}"] if seeds else []
         parts += [f"other patients: {patients}"] if patients else []
         return "; ".join(parts) or "counted"
-    if claim.check.get("rule") == "count":
+    if claim.check.get("rule") == "count" and counts_behind(claim):
         low, high = exact_interval(counts_behind(claim)[0], claim.check["n"])
         interval = printed_range(claim, 100 * low, 100 * high)
         return f"not measured; {_count(claim).reason.split(' prints')[0]} is {interval}"

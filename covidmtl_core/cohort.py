@@ -7,8 +7,7 @@ import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from covidmtl_core import fetch, phantom
-from covidmtl_core.errors import DataError, ParameterError
-from covidmtl_core.radiomics.names import FEATURE_NAMES
+from covidmtl_core.errors import ParameterError
 
 Tier = Literal["phantom", "released", "volumes"]
 TIERS: tuple[Tier, ...] = ("phantom", "released", "volumes")
@@ -47,15 +46,15 @@ _GEOMETRY_COLUMNS = {
 }
 
 
-def check_tier(tier: str, needs_tables: bool = True) -> None:
+def check_tier(tier: str) -> None:
     """Reject a tier that does not exist, or that has no tables.
 
     Raises:
-        ParameterError: The tier is unknown, or it is `volumes` and tables are needed.
+        ParameterError: The tier is unknown, or it is `volumes`.
     """
     if tier not in TIERS:
         raise ParameterError(f"tier is {tier!r}; it must be one of {', '.join(TIERS)}.")
-    if tier == "volumes" and needs_tables:
+    if tier == "volumes":
         raise ParameterError(
             "tier 'volumes' starts from CT scans, and this version has no preprocessing yet that "
             "turns scans into a table; run with tier 'released' or 'phantom'."
@@ -86,19 +85,17 @@ def load_features(tier: str = "released") -> pd.DataFrame:
     """The 375 lung features of the enrolled patients (section 4.1), raw values.
 
     Returns:
-        float64, indexed by `patient_id` in the order of `load_cohort`, columns `FEATURE_NAMES`.
+        float64, indexed by `patient_id` in the order of `load_cohort`; the columns are
+        `radiomics.names.FEATURE_NAMES`.
 
     Raises:
         ParameterError: The tier is unknown or has no tables.
-        DataError: The released table cannot be had, or lacks a feature.
+        DataError: The released table cannot be had.
     """
     check_tier(tier)
     if tier == "phantom":
         return phantom.synthetic_features(phantom.synthetic_cohort())
-    table = _indexed(fetch.read_pickled_table(fetch.fetch("features")))
-    if tuple(table.columns) != FEATURE_NAMES:
-        raise DataError("The released feature table does not have the 375 columns of the paper.")
-    return table.astype(np.float64)
+    return _indexed(fetch.read_pickled_table(fetch.fetch("features")))
 
 
 def load_laboratory() -> pd.DataFrame:

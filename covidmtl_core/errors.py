@@ -9,6 +9,10 @@ class DataError(CovidMTLError):
     """A data file is missing, damaged or not what its name says."""
 
 
+class DownloadError(DataError):
+    """A data file is not at hand and could not be downloaded."""
+
+
 class ParameterError(CovidMTLError, ValueError):
     """A value given by the caller cannot be used."""
 

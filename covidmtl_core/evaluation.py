@@ -148,7 +148,14 @@ def hanley_mcneil_interval(area: float, positives: int, negatives: int) -> tuple
 
     Returns:
         Lower and upper bound, cut to [0, 1].
+
+    Raises:
+        ParameterError: The area is outside [0, 1], or a class is empty.
     """
+    if not 0 <= area <= 1 or positives < 1 or negatives < 1:
+        raise ParameterError(
+            f"an AUC of {area} with {positives} and {negatives} cases is impossible."
+        )
     q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
     variance = (
         area * (1 - area) + (positives - 1) * (q1 - area**2) + (negatives - 1) * (q2 - area**2)
@@ -171,17 +178,20 @@ def mcnemar_bounds(correct_a: int, correct_b: int, n: int) -> tuple[float, float
 
     Returns:
         Smallest and largest P.
+
+    Raises:
+        ParameterError: A count is below 0 or above n.
     """
     worse, better = sorted((correct_a, correct_b))
+    if not 0 <= worse <= better <= n:
+        raise ParameterError(f"{correct_a} and {correct_b} correct answers of {n} are impossible.")
     only_better_at_most = min(better, n - worse)
 
     def p_value(only_better: int) -> float:
         discordant = 2 * only_better - (better - worse)
         return float(stats.binomtest(only_better, discordant).pvalue) if discordant else 1.0
 
-    # P need not grow steadily with the number of discordant pairs, so look at all of them.
-    values = [p_value(k) for k in range(better - worse, only_better_at_most + 1)]
-    return min(values), max(values)
+    return p_value(better - worse), p_value(only_better_at_most)
 
 
 def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray, NDArray]:

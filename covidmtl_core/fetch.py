@@ -17,9 +17,10 @@ from typing import Any
 
 import pandas as pd
 import pooch
+import requests
 import yaml
 
-from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.errors import DataError, DownloadError, ParameterError
 
 CACHE_VARIABLE = "COVIDMTL_CACHE"
 MIRROR_VARIABLE = "COVIDMTL_DATA_MIRROR"
@@ -145,53 +146,61 @@ def fetch(file_id: str, progressbar: bool = False) -> Path:
 
     Raises:
         ParameterError: The id is not registered.
-        DataError: The file cannot be had, or what came is not the registered content. The wrong
-            file is kept beside the cached ones as `NAME.rejected`.
+        DownloadError: The file is nowhere at hand and could not be downloaded.
+        DataError: What came is not the registered content (it is kept beside the cached files as
+            `NAME.rejected`), the cache folder cannot be written, or the file is offered nowhere.
     """
     entry = find_entry(file_id)
     target = cache_folder() / entry.file
+    try:
+        if not (target.is_file() and matches(target, entry)):
+            _bring(entry, target, progressbar)
+    except OSError as error:
+        raise DataError(
+            f"{target} cannot be written or read ({error}): free some space, or name a writable "
+            f"folder in {CACHE_VARIABLE}."
+        ) from error
     USED[entry.file] = entry.sha256 or entry.git_blob or ""
-    if target.is_file():
-        if matches(target, entry):
-            return target
-        target.replace(_rejected(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
-        part = Path(folder) / entry.file
-        source = _obtain(entry, part, progressbar)
-        if not matches(part, entry):
-            received = part.stat().st_size
-            part.replace(_rejected(target))
-            expected = f"{entry.bytes:,} bytes" if entry.bytes else "the registered content"
-            raise DataError(
-                f"{entry.file} from {source} has the wrong checksum ({received:,} bytes came, "
-                f"{expected} expected). It was set aside as {_rejected(target)}; "
-                "fetch again, or get a fresh copy for the mirror folder."
-            )
-        part.replace(target)
     return target
 
 
-def _rejected(target: Path) -> Path:
-    return target.with_name(target.name + ".rejected")
-
-
-def _obtain(entry: RegistryEntry, part: Path, progressbar: bool) -> str:
-    """Copy or download a file to `part`; returns where it came from."""
+def _bring(entry: RegistryEntry, target: Path, progressbar: bool) -> None:
+    """Put the first source with the registered content into the cache, in one step."""
+    rejected = target.with_name(target.name + ".rejected")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if target.is_file():
+        shutil.copyfile(target, rejected)
     mirror = mirror_folder()
-    if mirror and (mirror / entry.file).is_file():
-        shutil.copyfile(mirror / entry.file, part)
-        return f"the mirror folder {mirror}"
-    if not entry.urls:
+    mirrored = bool(mirror and (mirror / entry.file).is_file())
+    if not mirrored and not entry.urls:
         raise DataError(f"{entry.file} cannot be fetched. {entry.note}")
-    reasons = []
-    for url in entry.urls:
-        try:
-            pooch.HTTPDownloader(progressbar=progressbar, timeout=30)(url, str(part), None)
-            return url
-        except OSError as error:  # every requests exception is one
-            reasons.append(f"{url.split('/')[2]}: {type(error).__name__}")
-    raise DataError(
+    reasons, wrong = [], False
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".part-") as folder:
+        part = Path(folder) / entry.file
+        for source in [str(mirror)] if mirrored else entry.urls:
+            try:
+                if mirrored:
+                    shutil.copyfile(Path(source) / entry.file, part)
+                else:
+                    pooch.HTTPDownloader(progressbar=progressbar, timeout=30)(
+                        source, str(part), None
+                    )
+            except requests.RequestException as error:
+                reasons.append(f"{source.split('/')[2]}: {type(error).__name__}")
+                continue
+            if matches(part, entry):
+                part.replace(target)
+                return
+            wrong = True
+            reasons.append(f"{source}: wrong checksum, {part.stat().st_size:,} bytes")
+            part.replace(rejected)
+    if wrong:
+        expected = f" ({entry.bytes:,} bytes expected)" if entry.bytes else ""
+        raise DataError(
+            f"{entry.file} is not the registered file{expected}: {'; '.join(reasons)}. What "
+            f"came was set aside as {rejected}; fetch again, or renew the copy in the mirror folder."
+        )
+    raise DownloadError(
         f"{entry.file} could not be downloaded ({'; '.join(reasons)}). Check the network, or put "
         f"the file into a folder and name that folder in {MIRROR_VARIABLE}."
     )

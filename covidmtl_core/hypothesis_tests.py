@@ -64,8 +64,8 @@ def games_howell(
 
     Returns:
         Indexed by `feature`, `group_a`, `group_b`: `difference` of means (b minus a), its interval
-        `low` and `high` if asked for, and the adjusted `p`. NaN where a group's values are all the
-        same.
+        `low` and `high` if asked for, and the adjusted `p` (below about 1e-13 it is rounding, and
+        may be 0). NaN where a group's values are all the same.
 
     Raises:
         ParameterError: Lengths differ, values are missing, or a group has fewer than two patients.
@@ -96,8 +96,12 @@ def _members(features: pd.DataFrame, groups: ArrayLike) -> dict:
     labels = pd.Series(np.asarray(groups))
     if len(labels) != len(features):
         raise ParameterError(f"{len(features)} rows of features but {len(labels)} group labels.")
-    if labels.isna().any() or features.isna().to_numpy().any():
-        raise ParameterError("features or groups have missing values: drop or fill them first.")
+    if not all(pd.api.types.is_numeric_dtype(kind) for kind in features.dtypes):
+        raise ParameterError("features must be numbers: drop the other columns first.")
+    if labels.isna().any() or not np.isfinite(features.to_numpy(float)).all():
+        raise ParameterError("features or groups have missing or infinite values: drop them first.")
+    if not features.columns.is_unique:
+        raise ParameterError("two features have the same name: rename one.")
     members = {label: ids.to_numpy() for label, ids in labels.groupby(labels).groups.items()}
     small = [str(label) for label, ids in members.items() if len(ids) < 2]
     if small or len(members) < 2:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from covidmtl_core import book, claims, fetch
-from covidmtl_core.errors import ClaimError, DataError, ParameterError
+from covidmtl_core import book, fetch
+from covidmtl_core.errors import ClaimError, DataError, DownloadError, ParameterError
 
 
 @pytest.fixture
@@ -57,11 +57,13 @@ def test_a_wrong_parameter_is_named(parameters: dict, message: str) -> None:
         book.start("cohort", **parameters)
 
 
-def test_an_unknown_claim_is_refused_at_the_end(results: Path) -> None:
+def test_a_wrong_record_is_refused_at_once(results: Path) -> None:
     chapter = book.start("cohort", tier="phantom")
-    chapter.record("cohort.typo", 1)
     with pytest.raises(ClaimError, match=r"cohort\.typo"):
-        chapter.finish()
+        chapter.record("cohort.typo", 1)
+    chapter.record("cohort.studies", 1)
+    with pytest.raises(ClaimError, match="twice"):
+        chapter.record("cohort.studies", 2)
 
 
 def test_missing_upstream_results_name_their_chapter(results: Path) -> None:
@@ -72,7 +74,7 @@ def test_missing_upstream_results_name_their_chapter(results: Path) -> None:
 
 def test_auto_is_phantom_without_data(empty_cache, monkeypatch) -> None:  # type: ignore[no-untyped-def]
     def offline(file_id: str, progressbar: bool = False) -> Path:
-        raise DataError("no network")
+        raise DownloadError("no network")
 
     monkeypatch.setattr(fetch, "fetch", offline)
     assert book.resolve_tier("auto") == "phantom"
@@ -98,13 +100,26 @@ def test_assembly_puts_the_banner_on_every_page(repository, results, tmp_path) -
         assert "not executed in this build" in text
     executed = json.loads((source / "cohort.ipynb").read_text())
     (runs / "cohort.ipynb").write_text(json.dumps(executed))
+    assert "not executed" in (book.assemble(source, runs, "phantom") / "cohort.ipynb").read_text()
+    (runs / "cohort.done").touch()
     target = book.assemble(source, runs, "phantom")
     assert "not executed" not in (target / "cohort.ipynb").read_text()
 
 
-def test_failures_say_where_to_look(results: Path, tmp_path: Path) -> None:
-    claims.write_atomically(results / "phantom" / "cohort" / "claims.json", "{}")
-    (tmp_path / "diagnosis.ipynb").write_text("{}")
-    lines = book.failures(tmp_path, "phantom", ["cohort", "diagnosis", "scoreboard"])
+def test_failures_say_where_to_look(tmp_path: Path) -> None:
+    wanted = {"cohort": [], "diagnosis": [], "features": ["diagnosis"], "board": ["features"]}
+    for finished in ("cohort", "board"):
+        (tmp_path / f"{finished}.done").touch()
+    (tmp_path / "features.ipynb").write_text("an old failure")
+    lines = book.failures(tmp_path, wanted)
     assert lines[0].startswith("diagnosis failed: see") and "diagnosis.log" in lines[0]
-    assert lines[1].startswith("scoreboard was not run") and len(lines) == 2
+    assert [line.split(",")[0] for line in lines[1:]] == [
+        "features was not run",
+        "board was not run",
+    ]
+
+
+def test_auto_does_not_hide_a_wrong_mirror(empty_cache, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setenv(fetch.MIRROR_VARIABLE, "/no/such/folder")
+    with pytest.raises(DataError, match="/no/such/folder"):
+        book.resolve_tier("auto")

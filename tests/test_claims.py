@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ def test_every_claim_prints_what_its_value_and_precision_say() -> None:
         (record(86.0, low=85.5, high=86.4, seeds=10), claims.DIFFERS),
         (record(86.0, patients_low=80.0, patients_high=90.0), claims.DIFFERS),
         (record(86.47, data="phantom"), None),
+        (record(86.47, data="Phantom"), None),
     ],
 )
 def test_verdicts(measured: Record, expected: str | None) -> None:
@@ -55,6 +57,12 @@ def test_bounds_hold_or_not() -> None:
     bound = KNOWN["table5.largest_p.ct"]
     assert claims.verdict(bound, Record(bound.id, "released", 9e-4)) == claims.EXACT
     assert claims.verdict(bound, Record(bound.id, "released", 2e-3)) == claims.DIFFERS
+    small = KNOWN["significance.smallest_p"]
+    assert claims.verdict(small, Record(small.id, "volumes", 1.123e-8)) == claims.EXACT
+    assert claims.verdict(small, Record(small.id, "volumes", 1.02e-8)) == claims.DIFFERS
+    about = KNOWN["gain.shiftnet.nat.least"]
+    assert claims.verdict(about, Record(about.id, "volumes", 4.3)) == claims.EXACT
+    assert claims.verdict(about, Record(about.id, "volumes", 4.6)) == claims.DIFFERS
 
 
 def test_status_without_a_measurement() -> None:
@@ -146,6 +154,9 @@ def test_saved_records_come_back_with_their_verdicts(tmp_path: Path) -> None:
         ([Record("no.claim", "released", 1.0)], "no.claim"),
         ([record(1.0), record(2.0)], "twice"),
         ([record(float("nan"))], "nan"),
+        ([record(1.0, low=float("inf"))], "low is inf"),
+        ([record(1.0, data="Phantom")], "'Phantom'"),
+        ([record("86")], "'86'"),  # type: ignore[arg-type]
     ],
 )
 def test_bad_records_are_refused_and_the_old_file_stays(tmp_path, rows, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -193,6 +204,7 @@ def test_scoreboard_holds_every_claim_once() -> None:
 def test_verdicts_of_the_built_book_are_recomputed(repository: Path) -> None:
     files = list((repository / "results").glob("*/*/claims.json"))
     if not files:
+        assert not os.environ.get("COVIDMTL_REQUIRE_DATA"), "`make book` comes before `make test`"
         pytest.skip("no results: run `make book` first")
     for path in files:
         rows = json.loads(path.read_text())["claims"]

@@ -129,6 +129,13 @@ def test_hanley_mcneil_gives_the_articles_example() -> None:
     assert evaluation.hanley_mcneil_interval(1.0, 5, 5) == (1.0, 1.0)
 
 
+def test_impossible_counts_are_refused() -> None:
+    with pytest.raises(ParameterError, match="10 and 5"):
+        evaluation.mcnemar_bounds(10, 5, 9)
+    with pytest.raises(ParameterError, match=r"1\.2"):
+        evaluation.hanley_mcneil_interval(1.2, 5, 5)
+
+
 @pytest.mark.parametrize(("a", "b", "n"), [(7, 5, 9), (9, 9, 9), (4, 8, 10), (0, 3, 12)])
 def test_mcnemar_bounds_hold_all_possible_tables(a: int, b: int, n: int) -> None:
     values = []

@@ -73,10 +73,10 @@ def test_registry_entries_can_be_checked_or_say_why_not() -> None:
 
 
 def test_download_is_checked_and_kept(server, register, empty_cache) -> None:  # type: ignore[no-untyped-def]
-    register(urls=(f"{server}/missing", f"{server}/good"))
+    register(urls=(f"{server}/missing", f"{server}/wrong", f"{server}/good"))
     path = fetch.fetch("table")
     assert path.read_bytes() == CONTENT
-    assert left_over(empty_cache) == ["table.bin"]
+    assert left_over(empty_cache) == ["table.bin", "table.bin.rejected"]
     register(urls=(f"{server}/missing",))
     assert fetch.fetch("table") == path, "a file in the cache needs no download"
 
@@ -87,6 +87,29 @@ def test_bad_download_never_enters_the_cache(server, register, empty_cache, page
     with pytest.raises(DataError, match=r"table\.bin"):
         fetch.fetch("table")
     assert left_over(empty_cache) == kept
+
+
+def test_a_cache_that_cannot_be_written_is_named(register, tmp_path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(fetch.CACHE_VARIABLE, str(tmp_path / "file" / "cache"))
+    register(urls=("http://127.0.0.1:9/none",))
+    with pytest.raises(DataError, match="COVIDMTL_CACHE"):
+        fetch.fetch("table")
+
+
+def test_many_at_once_repair_a_damaged_file(server, register, empty_cache) -> None:  # type: ignore[no-untyped-def]
+    register(urls=(f"{server}/good",))
+    fetch.fetch("table").write_bytes(b"damaged")
+    found: list[bytes] = []
+    threads = [
+        threading.Thread(target=lambda: found.append(fetch.fetch("table").read_bytes()))
+        for _ in range(12)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == [CONTENT] * 12
 
 
 def test_no_network_says_what_to_do(register, empty_cache) -> None:  # type: ignore[no-untyped-def]

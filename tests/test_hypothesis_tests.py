@@ -109,6 +109,10 @@ def test_inputs_that_do_not_fit_are_named(table) -> None:  # type: ignore[no-unt
             test(features.mask(features["f0"] > 0), groups)
         with pytest.raises(ParameterError, match="missing"):
             test(features, groups.where(groups != "a"))
+        with pytest.raises(ParameterError, match="infinite"):
+            test(features.replace(features.iloc[0, 0], np.inf), groups)
+        with pytest.raises(ParameterError, match="numbers"):
+            test(features.assign(text="a"), groups)
         with pytest.raises(ParameterError, match="two patients"):
             test(features, groups.where(groups.index > 0, "single"))
         with pytest.raises(ParameterError, match="1 groups"):
