@@ -198,7 +198,7 @@ def _bring(entry: RegistryEntry, target: Path, progressbar: bool) -> None:
         expected = f" ({entry.bytes:,} bytes expected)" if entry.bytes else ""
         raise DataError(
             f"{entry.file} is not the registered file{expected}: {'; '.join(reasons)}. What "
-            f"came was set aside as {rejected}; fetch again, or renew the copy in the mirror folder."
+            f"came was set aside as {rejected}; fetch again, or renew the mirror folder's copy."
         )
     raise DownloadError(
         f"{entry.file} could not be downloaded ({'; '.join(reasons)}). Check the network, or put "
