@@ -14,7 +14,7 @@ RADIOMICS_VERSION := 3.0.1
 book: $(READY)
 	@echo "Executing and rendering the book: about 5 minutes on 2 cores with the released data,"
 	@echo "1 minute on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
-	@PATH="$(BIN):$$PATH" PYTHONWARNINGS=ignore snakemake --snakefile book/Snakefile \
+	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
 	  --profile book/profiles/local --config tier=$(TIER) $(if $(CHAPTER),chapter=$(CHAPTER))
 	@echo "The book is at _build/html/index.html"
 
@@ -31,6 +31,7 @@ notebooks: $(READY)
 	PATH="$(BIN):$$PATH" $(BIN)/python tests/notebooks/refresh.py
 
 clean:
+	@echo "Removing what was built (seconds); $(VENV) and fetched data stay."
 	rm -rf _build _runs results .snakemake
 
 # Python 3.11 gets the exact versions of requirements.lock; another Python the newest allowed.

@@ -496,7 +496,7 @@ def confidence(claim: Claim, record: Record | None) -> str:
     if claim.check.get("rule") == "count" and counts_behind(claim):
         low, high = exact_interval(counts_behind(claim)[0], claim.check["n"])
         interval = printed_range(claim, 100 * low, 100 * high)
-        return f"not measured; {_count(claim).reason.split(' prints')[0]} is {interval}"
+        return f"not measured; {_count(claim).reason.split(' prints')[0]}: {interval}"
     return "not measured"
 
 

@@ -59,6 +59,11 @@ def test_nothing_sticks_out_and_every_image_loads(browser: webdriver.Chrome, pag
         "Math.abs(i.width / i.height - i.naturalWidth / i.naturalHeight) > 0.02).length"
     )
     assert browser.execute_script(squeezed) == 0
+    tall = (
+        "return [...document.querySelectorAll('.bd-article :is(td, th)')]"
+        ".filter(e => e.getBoundingClientRect().height > 200).map(e => e.textContent)"
+    )
+    assert browser.execute_script(tall) == []
     unreachable = """
       return [...document.querySelectorAll('.bd-article table, .bd-article pre, .bd-article img')]
         .filter(e => e.getBoundingClientRect().right > window.innerWidth + 1)

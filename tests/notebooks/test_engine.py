@@ -24,7 +24,6 @@ def environment(folder: Path) -> dict[str, str]:
         fetch.CACHE_VARIABLE: str(folder / "cache"),
         "https_proxy": "http://127.0.0.1:9",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONWARNINGS": "ignore",
     }
     kept = {k: v for k, v in os.environ.items() if k != fetch.MIRROR_VARIABLE}
     return kept | changes
