@@ -19,7 +19,7 @@ book: $(READY)
 	@echo "The book is at _build/html/index.html"
 
 test: $(READY)
-	@echo "Testing: about 6 minutes on 2 cores; the slowest part builds a book on phantoms."
+	@echo "Testing: about 5 minutes on 2 cores; the slowest part builds a book on phantoms."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,7 +37,7 @@ clean:
 # Python 3.11 gets the exact versions of requirements.lock; another Python the newest allowed.
 # pyradiomics builds only with numpy at hand and only up to Python 3.11; nothing breaks without it.
 $(READY): requirements.lock pyproject.toml
-	@echo "Setting up $(VENV) with $$($(PYTHON) --version): about 4 minutes and 2.5 GB (TORCH=cuda: 8 GB)."
+	@echo "Setting up $(VENV) with $$($(PYTHON) --version): 2 to 5 minutes and 2.5 GB (TORCH=cuda: 8 GB)."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	  || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)

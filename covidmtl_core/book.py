@@ -92,20 +92,24 @@ def upstream_records(tier: str, chapters: Iterable[str]) -> dict[str, claims.Rec
 
 
 def resolve_tier(tier: str) -> str:
-    """`auto` becomes `released` if its tables can be had, else `phantom`; others stay.
+    """The tier to build with, its files fetched: `auto` is `released` if it can be had.
 
     Raises:
         ParameterError: The tier is unknown or has no tables.
+        DownloadError: `released` was asked for and its tables cannot be had.
         DataError: A file or folder is there, but wrong.
     """
     if tier != "auto":
         check_tier(tier)
+    if tier == "phantom":
         return tier
     try:
         for entry in fetch.registry().values():
             if not entry.optional and entry.urls:
                 fetch.fetch(entry.id)
     except DownloadError as error:
+        if tier == "released":
+            raise
         print(f"No released data, so the book is built on phantoms. {error}", file=sys.stderr)
         return "phantom"
     return "released"
@@ -352,8 +356,20 @@ def failures(runs: Path, upstream: dict[str, list[str]]) -> list[str]:
         if unfinished & set(needed):
             lines.append(f"{name} was not run, because a chapter it builds on failed")
         elif not (runs / f"{name}.done").is_file():
-            lines.append(f"{name} failed: see {notebook} and {notebook.with_suffix('.log')}")
+            log = notebook.with_suffix(".log")
+            lines.append(f"{name} failed{_error_in(notebook)}: see {notebook} and {log}")
         else:
             continue
         unfinished.add(name)
     return lines
+
+
+def _error_in(notebook: Path) -> str:
+    """The error that ended an executed notebook, in brackets; empty if there is none to be read."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    outputs = (output for cell in cells for output in cell.get("outputs", ()))
+    errors = [f" ({o['ename']}: {o['evalue']})" for o in outputs if o["output_type"] == "error"]
+    return errors[-1] if errors else ""

@@ -78,7 +78,8 @@ def test_auto_is_phantom_without_data(empty_cache, monkeypatch) -> None:  # type
 
     monkeypatch.setattr(fetch, "fetch", offline)
     assert book.resolve_tier("auto") == "phantom"
-    assert book.resolve_tier("released") == "released", "what was asked for is never replaced"
+    with pytest.raises(DownloadError):
+        book.resolve_tier("released")  # what was asked for is never replaced
     with pytest.raises(ParameterError, match="sythetic"):
         book.resolve_tier("sythetic")
 
