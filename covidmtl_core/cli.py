@@ -1,4 +1,4 @@
-"""The command line: `covidmtl fetch`, `covidmtl tier`, `covidmtl claims diff`."""
+"""The command line: `covidmtl fetch` and `covidmtl claims diff`."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from covidmtl_core import book, claims, fetch
+from covidmtl_core import claims, fetch
 from covidmtl_core.errors import CovidMTLError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The COVID-MTL book's tools.")
@@ -47,14 +47,6 @@ def fetch_command(
     print(f"Cache folder: {fetch.cache_folder()}")
     if failed:
         raise CovidMTLError("\n".join(failed))
-
-
-@app.command()
-def tier(
-    wanted: Annotated[str, typer.Argument(help="auto, phantom, released or volumes.")] = "auto",
-) -> None:
-    """Print the data tier to build with; `auto` is `released` if its tables can be had."""
-    print(book.resolve_tier(wanted))
 
 
 @claims_app.command("diff")

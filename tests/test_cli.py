@@ -41,7 +41,6 @@ def test_fetch_brings_one_file(fetched: Path, empty_cache: Path, monkeypatch) ->
     [
         (["fetch", "lungs"], "'lungs'"),
         (["fetch", "segmented-volumes"], "closed"),
-        (["tier", "real"], "'real'"),
         (["claims", "diff", "/no/such/a", "/no/such/b"], "/no/such/a"),
     ],
 )
