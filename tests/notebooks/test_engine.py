@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,17 +31,21 @@ def environment(folder: Path) -> dict[str, str]:
     return kept | changes
 
 
+def command(source: Path, folder: Path, *config: str) -> list[str]:
+    return [
+        "snakemake",
+        f"--snakefile={source / 'Snakefile'}",
+        f"--profile={source / 'profiles' / 'local'}",
+        f"--directory={folder}",
+        "--config",
+        f"out={folder}",
+        *config,
+    ]
+
+
 def snakemake(source: Path, folder: Path, *config: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [
-            "snakemake",
-            f"--snakefile={source / 'Snakefile'}",
-            f"--profile={source / 'profiles' / 'local'}",
-            f"--directory={folder}",
-            "--config",
-            f"out={folder}",
-            *config,
-        ],
+        command(source, folder, *config),
         capture_output=True,
         text=True,
         env=environment(folder),
@@ -150,10 +156,43 @@ def test_a_wrong_option_is_one_sentence(tmp_path, repository, config: str, messa
     assert "Traceback" not in answer.stdout + answer.stderr
 
 
+def test_a_second_run_waits_its_turn_and_a_killed_one_leaves_no_lock(
+    tmp_path: Path, repository: Path
+) -> None:
+    wanted = (repository / "book", tmp_path, "tier=phantom", "chapter=cohort")
+    first = subprocess.Popen(
+        command(*wanted),
+        env=environment(tmp_path),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 60
+        while not list((tmp_path / ".snakemake" / "locks").glob("*")):
+            assert first.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        second = snakemake(*wanted)
+        assert second.returncode != 0 and "Another run" in second.stderr
+        assert "Traceback" not in second.stderr
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    again = snakemake(*wanted)
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "results" / "phantom" / "cohort" / "claims.json").is_file()
+
+
 def test_papermill_alone_runs_from_any_folder(tmp_path: Path, repository: Path) -> None:
-    command = ["papermill", str(repository / "book" / "cohort.ipynb"), "out.ipynb", "-k", "python3"]
+    papermill = [
+        "papermill",
+        str(repository / "book" / "cohort.ipynb"),
+        "out.ipynb",
+        "-k",
+        "python3",
+    ]
     elsewhere = tmp_path / "some where"
     elsewhere.mkdir()
-    subprocess.run(command, cwd=elsewhere, env=environment(tmp_path), check=True, timeout=300)
+    subprocess.run(papermill, cwd=elsewhere, env=environment(tmp_path), check=True, timeout=300)
     assert (elsewhere / "out.ipynb").is_file()
     assert (tmp_path / "results" / "phantom" / "cohort" / "claims.json").is_file()
