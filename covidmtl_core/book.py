@@ -104,9 +104,8 @@ def resolve_tier(tier: str) -> str:
     if tier == "phantom":
         return tier
     try:
-        for entry in fetch.registry().values():
-            if not entry.optional and entry.urls:
-                fetch.fetch(entry.id)
+        for file_id in fetch.released_ids():
+            fetch.fetch(file_id)
     except DownloadError as error:
         if tier == "released":
             raise

@@ -89,8 +89,12 @@ class Claim:
             digits = f"{self.value:g}"
         sign = {"=": "", "<": "< ", ">": "> ", ">=": "≥ ", "~": "about "}[self.relation]
         spread = f" ± {self.spread:.{self.precision}f}" if self.spread is not None else ""
-        separator = " " if self.unit and self.unit != "%" else ""
-        return f"{sign}{digits}{spread}{separator}{self.unit}"
+        return f"{sign}{digits}{spread}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """The unit as it follows a number."""
+        return self.unit if self.unit in ("", "%") else f" {self.unit}"
 
     @property
     def half_unit(self) -> float:
@@ -126,6 +130,10 @@ class Record:
     patients_high: float | None = None
     correct: float | None = None
     note: str = ""
+
+
+NUMBERS = ("value", "low", "high", "patients_low", "patients_high", "correct", "seeds")
+"""The fields of a record that hold numbers."""
 
 
 @cache
@@ -344,9 +352,8 @@ def check_record(record: Record) -> None:
         raise ClaimError(f"{record.id!r} is not a claim of paper_claims.yml.")
     if record.data not in ("phantom", *MEASURED_ON):
         raise ClaimError(f"{record.id} was recorded on {record.data!r}, which is no data tier.")
-    numbers = {f.name: getattr(record, f.name) for f in fields(record)}
-    for name in ("value", "low", "high", "patients_low", "patients_high", "correct", "seeds"):
-        number = numbers[name]
+    for name in NUMBERS:
+        number = getattr(record, name)
         optional = number is None and name not in ("value", "seeds")
         if not optional and not (isinstance(number, int | float) and math.isfinite(number)):
             raise ClaimError(f"{record.id}: {name} is {number!r}; a finite number is needed.")
@@ -422,18 +429,7 @@ def scoreboard(records: Mapping[str, Record]) -> pd.DataFrame:
                 "status": state,
                 "reason": _reason(claim, record, state),
                 "paper_value": claim.value,
-                **{
-                    name: getattr(record, name) if record else None
-                    for name in (
-                        "value",
-                        "low",
-                        "high",
-                        "patients_low",
-                        "patients_high",
-                        "correct",
-                        "seeds",
-                    )
-                },
+                **{name: getattr(record, name) if record else None for name in NUMBERS},
             }
         )
     return pd.DataFrame(rows).set_index("id")
@@ -444,13 +440,13 @@ def printed_like(claim: Claim, value: float) -> str:
     digits = f"{value:.{claim.precision}f}"
     if value and abs(value) < claim.half_unit:
         digits = f"{value:.2g}"
-    return digits + (" " if claim.unit and claim.unit != "%" else "") + claim.unit
+    return digits + claim.suffix
 
 
 def _reason(claim: Claim, record: Record | None, state: str) -> str:
     if state == DIFFERS and record:
         change = f"{record.value - claim.value:+.{claim.precision}f}".replace("-", "−")
-        unit = {"%": " percentage points"}.get(claim.unit, f" {claim.unit}".rstrip())
+        unit = " percentage points" if claim.unit == "%" else claim.suffix
         return f"{change}{unit} against the paper. {record.note}".strip()
     if state == AGREES and record:
         span = printed_range(claim, record.low, record.high)
@@ -487,7 +483,7 @@ def diff(a: Mapping[str, Record], b: Mapping[str, Record]) -> pd.DataFrame:
 
 def confidence(claim: Claim, record: Record | None) -> str:
     """A few words on how sure a claim's status is."""
-    if record and record.data != "phantom":
+    if record and record.data in MEASURED_ON:
         seeds = printed_range(claim, record.low, record.high)
         patients = printed_range(claim, record.patients_low, record.patients_high)
         parts = [f"{record.seeds} seeds: {seeds}"] if seeds else []

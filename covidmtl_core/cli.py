@@ -29,9 +29,8 @@ def fetch_command(
     """Fetch data files by checksum, then show what is there."""
     for file_id in ids or ():
         fetch.find_entry(file_id)
-    wanted = ids or [e.id for e in fetch.registry().values() if e.urls and not e.optional]
     failed = []
-    for file_id in [] if list_only else wanted:
+    for file_id in [] if list_only else ids or fetch.released_ids():
         try:
             fetch.fetch(file_id, progressbar=sys.stderr.isatty())
         except CovidMTLError as error:

@@ -77,6 +77,11 @@ def registry() -> dict[str, RegistryEntry]:
     return entries
 
 
+def released_ids() -> list[str]:
+    """Ids of the files that the released tier is made of."""
+    return [entry.id for entry in registry().values() if entry.urls and not entry.optional]
+
+
 def cache_folder() -> Path:
     """Where fetched files are kept: `$COVIDMTL_CACHE`, else the system's cache folder."""
     return Path(os.environ.get(CACHE_VARIABLE) or pooch.os_cache("covidmtl"))
@@ -98,15 +103,10 @@ def mirror_folder() -> Path | None:
     return Path(name)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    return str(pooch.file_hash(str(path), alg="sha256"))
-
-
 def matches(path: Path, entry: RegistryEntry) -> bool:
     """Whether a file's content is the registered one."""
     if entry.sha256:
-        return file_sha256(path) == entry.sha256
+        return bool(pooch.file_hash(str(path), alg="sha256") == entry.sha256)
     content = path.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == entry.git_blob
 
