@@ -43,6 +43,7 @@ BANNERS = {
 SIZES = {
     "n_trees": {"phantom": 100, "released": 1000, "volumes": 1000},
     "n_seeds": {"phantom": 10, "released": 10, "volumes": 10},
+    "n_phantoms": {"phantom": 3, "released": 24, "volumes": 24},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }
 """What a size that a chapter leaves at None becomes: the paper's, or a quick one on phantoms."""
@@ -235,9 +236,9 @@ def banner_html(tier: str) -> str:
 def provenance(chapter: Chapter) -> dict[str, Any]:
     """What a result came from: commit, versions, data, parameters, device, time."""
     if chapter.tier == "phantom":
-        from covidmtl_core.phantom import SEED
+        from covidmtl_core.phantom_cohort import SEED
 
-        data = {"synthetic cohort, seed": str(SEED)}
+        data = {"phantom cohort, seed": str(SEED)}
     else:
         data = dict(fetch.USED)
     return {

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
-from covidmtl_core import fetch, phantom
+from covidmtl_core import fetch, phantom_cohort
 from covidmtl_core.errors import ParameterError
 
 Tier = Literal["phantom", "released", "volumes"]
@@ -77,7 +77,7 @@ def load_cohort(tier: str = "released") -> pd.DataFrame:
     """
     check_tier(tier)
     if tier == "phantom":
-        return phantom.synthetic_cohort()
+        return phantom_cohort.cohort()
     return _patients()[list(_COHORT_COLUMNS)].rename(columns=_COHORT_COLUMNS)
 
 
@@ -94,7 +94,7 @@ def load_features(tier: str = "released") -> pd.DataFrame:
     """
     check_tier(tier)
     if tier == "phantom":
-        return phantom.synthetic_features(phantom.synthetic_cohort())
+        return phantom_cohort.features()
     return _indexed(fetch.read_pickled_table(fetch.fetch("features")))
 
 
@@ -126,7 +126,7 @@ def load_source_cohort(tier: str = "released") -> pd.DataFrame:
     """
     check_tier(tier)
     if tier == "phantom":
-        return phantom.synthetic_source_cohort()
+        return phantom_cohort.source_cohort()
     table = pd.read_excel(fetch.fetch("source-patients"))
     table["PID"] = table["Patient"].str.removeprefix("Patient ").astype(int)
     table = _indexed(table).rename(columns=_COHORT_COLUMNS)
@@ -150,7 +150,7 @@ def load_geometry(tier: str = "released") -> pd.DataFrame:
     """
     check_tier(tier)
     if tier == "phantom":
-        return phantom.synthetic_geometry(phantom.synthetic_cohort())
+        return phantom_cohort.geometry()
     return _patients()[list(_GEOMETRY_COLUMNS)].rename(columns=_GEOMETRY_COLUMNS)
 
 

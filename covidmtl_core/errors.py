@@ -9,6 +9,10 @@ class DataError(CovidMTLError):
     """A data file is missing, damaged or not what its name says."""
 
 
+class DataWarning(UserWarning):
+    """A file was read after something in it had to be put right."""
+
+
 class DownloadError(DataError):
     """A data file is not at hand and could not be downloaded."""
 

@@ -1,4 +1,4 @@
-"""Classification measures as the paper reports them and as they should be, with intervals."""
+"""Classification and overlap measures as the paper reports them, done right, with intervals."""
 
 from collections.abc import Callable
 
@@ -206,3 +206,37 @@ def _checked(labels: ArrayLike, probabilities: ArrayLike) -> tuple[NDArray, NDAr
             f"classes 0 to {p.shape[1] - 1}: every class must occur, and no other."
         )
     return y, p
+
+
+def overlap_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
+    """The measures of Table 2 for a segmentation mask (section 4.1).
+
+    Args:
+        predicted: Mask of any shape; above 0 is inside.
+        truth: Mask of the same shape.
+
+    Returns:
+        `dice`, `jaccard`, `mcc` (Matthews correlation) and `precision`, fractions; `recall` beside
+        them. All are 1 where both masks are empty, and 0 where only one is.
+
+    Raises:
+        ParameterError: The shapes differ.
+    """
+    p, t = np.asarray(predicted) > 0, np.asarray(truth) > 0
+    if p.shape != t.shape:
+        raise ParameterError(f"The masks have shapes {p.shape} and {t.shape}; they must be equal.")
+    both, found, there, size = (float(np.count_nonzero(m)) for m in (p & t, p, t, np.ones_like(p)))
+    if not found or not there:
+        return dict.fromkeys(
+            ("dice", "jaccard", "mcc", "precision", "recall"), float(found == there)
+        )
+    neither = size - found - there + both
+    spread = np.sqrt(found * there * (size - found) * (size - there))
+    correlation = (both * neither - (found - both) * (there - both)) / spread if spread else 1.0
+    return {
+        "dice": 2 * both / (found + there),
+        "jaccard": both / (found + there - both),
+        "mcc": float(correlation),
+        "precision": both / found,
+        "recall": both / there,
+    }

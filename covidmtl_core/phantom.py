@@ -7,7 +7,7 @@ measured against a truth that nobody had to draw.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from covidmtl_core.errors import ParameterError
+from covidmtl_core.segmentation import LEFT, RIGHT
 
 SIZE = (340, 390, 390)
 """Voxels (z, y, x) of the released volumes, at 1 mm."""
-
-RIGHT, LEFT = 1, 2
-"""Labels of the two lungs in the truth."""
 
 _SLAB = 20
 
@@ -45,6 +43,7 @@ class Patient:
         paving: Density in HU that crazy paving adds to ground glass; 0 for none.
         bands: Number of fibrous bands.
         white: Share of one lung, from below, that is consolidated throughout.
+        blocked: Is the left main bronchus blocked? Then no airway joins the lungs.
         padding: Value outside the scanner's round field of view in HU; None for no padding.
         field_of_view: Diameter of the round field of view in mm.
     """
@@ -61,6 +60,7 @@ class Patient:
     paving: float = 0.0
     bands: int = 0
     white: float = 0.0
+    blocked: bool = False
     padding: int | None = None
     field_of_view: float = 390.0
 
@@ -207,7 +207,7 @@ class _Body:
         """Depth in the rib cage, which closes towards the apex at w = 190."""
         t = ((w + 70) / 260).clamp(0, 1)
         taper = (1 - ((t - 0.3).clamp(min=0) / 0.7) ** 2.6).clamp(min=1e-3).sqrt()
-        half_width, half_depth = 128 * taper, 92 * taper ** 0.8
+        half_width, half_depth = 128 * taper, 92 * taper**0.8
         reach = _power(u / half_width, v / half_depth, 2.6)
         return (1 - reach) * torch.minimum(half_width, half_depth)
 
@@ -387,9 +387,11 @@ class _Body:
         carina = np.array([72.0, 8, 0])
         hila = {-1: np.array([50.0, 6, -36]), 1: np.array([46.0, 8, 42])}
         width = self.rng.normal(8.6, 0.9)
-        tubes = [_tube([carina + [150, -8, 0], carina + [60, -3, 0], carina], width)]
+        tubes = [_tube(carina + np.array([[150, -8, 0], [60, -3, 0], [0, 0, 0]]), width)]
         for side, hilum in hila.items():
-            tubes.append(_tube([carina, (carina + hilum) / 2 + [-2, 0, 0], hilum], 0.7 * width))
+            if not (self.patient.blocked and side > 0):
+                way = [carina, (carina + hilum) / 2 + [-2, 0, 0], hilum]
+                tubes.append(_tube(way, 0.7 * width))
             own = inside[np.sign(inside[:, 2] - 2) == side, :3]
             targets = own[self.rng.choice(len(own), 14, replace=False)]
             tubes.append(_tree(hilum, targets, self.rng, step=9.0, terminal=1.1))

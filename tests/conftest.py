@@ -25,6 +25,18 @@ def released() -> None:
         pytest.skip(reason)
 
 
+@pytest.fixture(scope="session")
+def ct_folder() -> Path:
+    """The folder of real scans; skip without it, or fail where it must be there."""
+    named = os.environ.get("COVIDMTL_TEST_CT", "")
+    if named and Path(named).is_dir():
+        return Path(named)
+    reason = "there are no real scans: COVIDMTL_TEST_CT names no folder"
+    if os.environ.get("COVIDMTL_REQUIRE_DATA"):
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder, and no mirror."""

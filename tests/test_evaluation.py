@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import matthews_corrcoef
 from statsmodels.stats.contingency_tables import mcnemar
 
 from covidmtl_core import evaluation
@@ -145,3 +146,22 @@ def test_mcnemar_bounds_hold_all_possible_tables(a: int, b: int, n: int) -> None
             table = [[both, a - both], [b - both, neither]]
             values.append(mcnemar(table, exact=True).pvalue if a + b > 2 * both else 1.0)
     assert evaluation.mcnemar_bounds(a, b, n) == pytest.approx((min(values), max(values)))
+
+
+def test_overlap_by_hand() -> None:
+    predicted, truth = np.array([1, 1, 1, 0, 0, 0, 0, 0]), np.array([1, 1, 0, 1, 0, 0, 0, 0])
+    found = evaluation.overlap_metrics(predicted, truth)
+    assert found["dice"] == pytest.approx(4 / 6) and found["jaccard"] == pytest.approx(2 / 4)
+    assert found["precision"] == found["recall"] == pytest.approx(2 / 3)
+    assert found["mcc"] == pytest.approx(matthews_corrcoef(truth, predicted))
+    assert found["jaccard"] == pytest.approx(found["dice"] / (2 - found["dice"]))
+
+
+@pytest.mark.parametrize(("predicted", "value"), [([0, 0], 1.0), ([0, 1], 0.0)])
+def test_overlap_with_an_empty_truth(predicted: list[int], value: float) -> None:
+    assert set(evaluation.overlap_metrics(predicted, [0, 0]).values()) == {value}
+
+
+def test_overlap_of_other_shapes_is_refused() -> None:
+    with pytest.raises(ParameterError, match=r"\(2,\) and \(3,\)"):
+        evaluation.overlap_metrics([0, 1], [0, 1, 1])

@@ -99,11 +99,12 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
         archive.extractall(tmp_path / "site")
     assert "covidmtl_core/data_manifest/registry.yml" in names
     assert "covidmtl_core/data_manifest/paper_claims.yml" in names
+    assert "covidmtl_core/data_manifest/phantom_features.csv.xz" in names
     assert not [name for name in names if name.startswith(("tests", "book", "data_manifest/"))]
     program = (
         "import sys\n"
         "optional = ('lightgbm', 'statsmodels', 'torch', 'radiomics', 'SimpleITK', 'matplotlib',\n"
-        "            'seaborn', 'IPython', 'papermill')\n"
+        "            'seaborn', 'IPython', 'papermill', 'pydicom', 'skimage', 'cc3d', 'edt')\n"
         "class Absent:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
         "        if name.split('.')[0] in optional:\n"
@@ -111,10 +112,11 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
         "sys.meta_path.insert(0, Absent())\n"
         "sys.path.insert(0, sys.argv[1])\n"
         "from covidmtl_core import (baselines, book, claims, cli, cohort, evaluation, fetch,\n"
-        "                           hypothesis_tests, phantom, style)\n"
+        "                           hypothesis_tests, phantom_cohort, style)\n"
         "assert claims.__file__.startswith(sys.argv[1]), claims.__file__\n"
         "assert len(claims.load_claims()) > 100 and len(fetch.registry()) > 5\n"
         "patients = cohort.load_cohort('phantom')\n"
+        "assert len(cohort.load_features('phantom')) == len(patients)\n"
         "try:\n"
         "    hypothesis_tests.welch_anova(patients[['age']], patients['ct'])\n"
         "except ImportError as error:\n"

@@ -1,0 +1,177 @@
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scipy import ndimage
+
+from covidmtl_core import _released_segmentation as released
+from covidmtl_core import ct, evaluation
+from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
+from covidmtl_core.segmentation import LEFT, RIGHT, segment_lungs
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+import plain_segmentation as plain
+
+SIZE, SPACING = (136, 156, 156), 2.5
+
+
+def array(image: sitk.Image) -> np.ndarray:
+    return sitk.GetArrayFromImage(image)
+
+
+def scan(seed: int, burden: float = 0.05, **changes: object) -> Phantom:
+    return make_phantom(draw_patient(seed, burden, **changes), SIZE, SPACING)
+
+
+def by_side(mask: np.ndarray, truth: np.ndarray) -> dict[int, float]:
+    return {
+        side: evaluation.overlap_metrics(mask == side, truth == side)["dice"]
+        for side in (RIGHT, LEFT)
+    }
+
+
+@pytest.fixture(scope="module")
+def sick() -> Phantom:
+    return scan(21, burden=0.15, padding=-2000, field_of_view=380.0)
+
+
+def test_refined_finds_both_lungs_lesions_and_nothing_far_away(sick: Phantom) -> None:
+    mask, truth, lesions = (array(i) for i in (segment_lungs(sick.image), sick.lungs, sick.lesions))
+    assert min(by_side(mask, truth).values()) > 0.97
+    assert (mask[lesions > 0] > 0).mean() > 0.8
+    far = ndimage.distance_transform_edt(truth == 0, sampling=SPACING) > 15
+    assert not mask[far].any(), "trachea, bowel gas, table or air outside"
+
+
+def test_trachea_and_main_bronchi_are_left_out(sick: Phantom) -> None:
+    hu, truth = array(sick.image), array(sick.lungs)
+    gas = (hu < -900) & (truth == 0)
+    mask = array(segment_lungs(sick.image)) > 0
+    airways = gas[96:120, 48:104, 64:92]
+    assert airways.sum() > 100
+    assert (mask[96:120, 48:104, 64:92] & airways).sum() < 0.02 * airways.sum()
+
+
+@pytest.mark.parametrize("code", ["RAS", "LPI", "SAR"])
+def test_orientation_of_the_voxels_does_not_matter(sick: Phantom, code: str) -> None:
+    turned = segment_lungs(sitk.DICOMOrient(sick.image, code))
+    assert np.array_equal(array(sitk.DICOMOrient(turned, "LPS")), array(segment_lungs(sick.image)))
+
+
+def test_lungs_that_no_airway_joins_are_both_kept() -> None:
+    blocked = scan(22, blocked=True)
+    truth = array(blocked.lungs)
+    assert min(by_side(array(segment_lungs(blocked.image)), truth).values()) > 0.97
+    classical = released.classical(np.clip(array(blocked.image) + 1024, 0, 4095).astype(np.int16))
+    shares = [classical[truth == side].mean() for side in (RIGHT, LEFT)]
+    assert min(shares) < 0.01 and max(shares) > 0.9, "the classical method loses one"
+
+
+def test_lung_white_for_a_third_is_still_a_lung_on_its_side() -> None:
+    white = scan(23, white=0.33)
+    truth, mask = array(white.lungs), array(segment_lungs(white.image))
+    for side in (RIGHT, LEFT):
+        assert evaluation.overlap_metrics(mask == side, truth == side)["precision"] > 0.97
+        assert evaluation.overlap_metrics(mask == side, truth == side)["recall"] > 0.6
+
+
+def test_half_infected_lungs_keep_most_of_their_lesions() -> None:
+    severe = scan(24, burden=0.4)
+    mask, truth, lesions = (
+        array(i) for i in (segment_lungs(severe.image), severe.lungs, severe.lesions)
+    )
+    assert evaluation.overlap_metrics(mask, truth)["dice"] > 0.94
+    assert (mask[lesions > 0] > 0).mean() > 0.75
+
+
+@pytest.mark.parametrize("spacing", [(5.0, 1.4, 1.4), (1.25, 3.0, 3.0), (8.0, 4.0, 4.0)])
+def test_any_spacing(spacing: tuple[float, float, float]) -> None:
+    size = [round(n * SPACING / s) for n, s in zip(SIZE, spacing, strict=True)]
+    made = make_phantom(draw_patient(25, 0.05), size, spacing)
+    sides = by_side(array(segment_lungs(made.image)), array(made.lungs))
+    assert min(sides.values()) > 0.95
+
+
+def test_emptier_lungs_and_more_noise() -> None:
+    made = scan(26, burden=0.0, parenchyma=-930.0, noise=90.0)
+    assert min(by_side(array(segment_lungs(made.image)), array(made.lungs)).values()) > 0.97
+
+
+@pytest.mark.parametrize("burden", [0.0, 0.3])
+def test_released_is_the_plain_algorithm_voxel_by_voxel(burden: float) -> None:
+    slab = make_phantom(draw_patient(31, burden, stretch=(1, 1, 1)), (16, 390, 390), 1.0)
+    volume = np.clip(array(slab.image) + 1024, 0, 4095).astype(np.int16)
+    start = released.classical(volume)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = plain.classical(volume)
+        assert np.array_equal(start, expected)
+        expected = plain.refine(volume, expected)
+    assert start.sum(axis=(1, 2)).max() > 15_000, "the snakes have run"
+    assert np.array_equal(released.refine(volume, start, n_jobs=1), expected)
+    assert np.array_equal(array(segment_lungs(slab.image, "released")) > 0, expected)
+    assert not np.array_equal(expected, start)
+
+
+def test_methods_at_other_spacings_go_through_one_mm() -> None:
+    coarse = make_phantom(draw_patient(32, 0.1), (24, 195, 195), 2.0)
+    mask = segment_lungs(coarse.image, "released")
+    assert mask.GetSize() == coarse.image.GetSize() and mask.GetSpacing() == (2.0, 2.0, 2.0)
+    assert evaluation.overlap_metrics(array(mask), array(coarse.lungs))["dice"] > 0.85
+
+
+def test_another_segmenter_can_be_passed(sick: Phantom) -> None:
+    both = segment_lungs(sick.image, lambda image: sick.lungs > 0)
+    assert min(by_side(array(both), array(sick.lungs)).values()) > 0.995
+    same = segment_lungs(sick.image, lambda image: sick.lungs)
+    assert np.array_equal(array(same), array(sick.lungs))
+
+
+def test_a_segmenter_with_another_grid_or_unknown_labels_is_refused(sick: Phantom) -> None:
+    with pytest.raises(ParameterError, match="grid"):
+        segment_lungs(sick.image, lambda image: sick.lungs[1:])
+    with pytest.raises(ParameterError, match=r"\[1, 2, 5\]"):
+        segment_lungs(sick.image, lambda image: sitk.Maximum(sick.lungs, 5 * (sick.lesions == 1)))
+
+
+def test_what_cannot_be_done_is_said() -> None:
+    water = sitk.Image([64, 64, 40], sitk.sitkInt16)
+    for method in ("refined", "classical", "released"):
+        with pytest.raises(DataError, match="found no lung"):
+            segment_lungs(water, method)
+    with pytest.raises(ParameterError, match=r"'unet'.*classical, released, refined"):
+        segment_lungs(water, "unet")
+
+
+def test_a_clinical_scan_with_a_published_mask(ct_folder: Path) -> None:
+    image = ct.read_ct(ct_folder / "cip-ct-64" / "ct-64.nrrd")
+    truth = array(sitk.ReadImage(str(ct_folder / "cip-ct-64" / "wholeLung-64.nrrd"))) > 0
+    regions = array(sitk.ReadImage(str(ct_folder / "cip-ct-64" / "lm-64.nrrd")))
+    truth &= regions >> 8 != 2
+    mask = array(segment_lungs(image))
+    dice = evaluation.overlap_metrics(mask, truth)["dice"]
+    assert dice >= 0.975
+    classical = array(segment_lungs(image, "classical"))
+    assert dice >= evaluation.overlap_metrics(classical, truth)["dice"]
+    for side, thirds in ((LEFT, (9, 10, 11)), (RIGHT, (12, 13, 14))):
+        own = np.isin(regions & 255, thirds) & truth
+        assert (mask[own] == side).mean() > 0.98
+
+
+@pytest.mark.parametrize("name", ["covid-ct-md-P002-dicom", "covid-ct-md-normal001.nii.gz"])
+def test_real_series_have_two_whole_lungs_on_their_sides(ct_folder: Path, name: str) -> None:
+    image = ct.read_ct(ct_folder / name)
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(segment_lungs(image))
+    assert all(1_200 < shape.GetPhysicalSize(side) / 1000 < 3_500 for side in (RIGHT, LEFT))
+    right, left = (shape.GetCentroid(side) for side in (RIGHT, LEFT))
+    assert left[0] - right[0] > 80, "LPS: x runs to the patient's left"
+    air = array(image) < -800
+    middle = array(image).shape[0] // 2
+    inside = array(segment_lungs(image))[middle] > 0
+    enclosed = ndimage.binary_fill_holes(array(image)[middle] > -300) & air[middle]
+    assert (inside & enclosed).sum() > 0.93 * enclosed.sum()
