@@ -16,6 +16,7 @@ from pydicom.encaps import encapsulate, generate_frames
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
 from covidmtl_core import dicom
+from covidmtl_core.dicom_files import is_deflated, is_dicom
 from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.volume_files import MAX_VOXELS, SUFFIXES, checked_path, known_suffix, read_file
 
@@ -81,7 +82,7 @@ def _kind(path: Path) -> Literal["series", "volume", "file"]:
         raise DataError(f"{path} is empty: copy or fetch it again.")
     if start == b"PK\x03\x04" or path.suffix.lower() == ".zip":
         return "series"
-    if dicom.is_dicom(path):
+    if is_dicom(path):
         if _holds_png(path):
             return "volume"
         raise DataError(f"{path} is one DICOM file; give the folder with all slices of its series.")
@@ -323,7 +324,7 @@ def read_volume(path: str | os.PathLike[str]) -> sitk.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if dicom.is_deflated(path):
+            if is_deflated(path):
                 raise _NotWhole("it is packed as a whole (deflated)")
             dataset = pydicom.dcmread(path, force=True)
             frames = _frames(dataset)

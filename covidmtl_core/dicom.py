@@ -6,133 +6,37 @@ in silence: a file that cannot be read, or that belongs to the chosen series and
 error.
 """
 
-import os
 import re
-import stat
-import tempfile
 import warnings
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pydicom
 import SimpleITK as sitk
 from numpy.typing import NDArray
-from pydicom.filereader import read_file_meta_info
-from pydicom.uid import (
-    CTImageStorage,
-    DeflatedExplicitVRLittleEndian,
-    ExplicitVRLittleEndian,
-    MediaStorageDirectoryStorage,
-    RawDataStorage,
-    generate_uid,
-)
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
+from covidmtl_core.dicom_files import (
+    NoDicom,
+    NoSlice,
+    Slice,
+    found_files,
+    read_header,
+)
 from covidmtl_core.errors import DataError, DataWarning, ParameterError
 from covidmtl_core.volume_files import MAX_VOXELS, shown
-
-MAX_ARCHIVE_BYTES = 2 * 2**30
-"""An archive that unpacks to more is refused."""
 
 MAX_GAP_MM = 10.0
 """Widest gap between unevenly spaced slices that is filled by interpolation."""
 
-_MAX_FILES = 20_000
-_MAX_MEMBER_BYTES = 64 * 2**20
 _MAX_TILT = 35.0
 _SAME_PLACE_MM = 0.1
 _CUT_MM = 10.0
-_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2")
-"""Transfer syntaxes with uncompressed pixels."""
-_COMPRESSED = tuple(
-    f"1.2.840.10008.1.2.{end}"
-    for end in ("4.51", "4.57", "4.70", "4.80", "4.81", "4.90", "4.91", "5")
-)
-_NO_IMAGES = (MediaStorageDirectoryStorage, RawDataStorage)
-_KEY_TAGS = [
-    "PatientID",
-    "StudyInstanceUID",
-    "FrameOfReferenceUID",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "SeriesDescription",
-    "ConvolutionKernel",
-]
-_TAGS = [
-    *_KEY_TAGS,
-    "SOPClassUID",
-    "ImageType",
-    "Modality",
-    "SliceThickness",
-    "AcquisitionNumber",
-    "ImagePositionPatient",
-    "ImageOrientationPatient",
-    "SamplesPerPixel",
-    "PhotometricInterpretation",
-    "NumberOfFrames",
-    "Rows",
-    "Columns",
-    "PixelSpacing",
-    "BitsAllocated",
-    "BitsStored",
-    "HighBit",
-    "PixelRepresentation",
-    "ModalityLUTSequence",
-    "RescaleSlope",
-    "RescaleIntercept",
-]
-
-
-@dataclass(frozen=True)
-class _Pixels:
-    """How and where a file keeps its pixels."""
-
-    offset: int
-    """Where uncompressed pixels start; -1 if they are compressed."""
-    order: str
-    bits: int
-    signed: bool
-    slope: float
-    intercept: float
-
-
-@dataclass(frozen=True)
-class _Slice:
-    path: Path
-    name: str
-    series: tuple[Any, ...]
-    """UID, number and description, then all else that must agree within a series."""
-    acquisition: str
-    position: NDArray[np.float64]
-    axes: NDArray[np.float64]
-    """Rows: the directions along a row, along a column, and across slices."""
-    spacing: tuple[float, float]
-    """Between columns, between rows."""
-    shape: tuple[int, int]
-    pixels: _Pixels
-
-
-class _NoSlice(Exception):
-    """Why a file is no slice of a CT volume.
-
-    Attributes:
-        aside: It is an image of its own kind, rightly left aside.
-        uid: Its SeriesInstanceUID; None if the file cannot be read at all.
-    """
-
-    def __init__(self, reason: str, uid: str | None = None, aside: bool = False):
-        super().__init__(reason)
-        self.uid, self.aside = uid, aside
-
-
-class _NoDicom(Exception):
-    """Why a file is not DICOM."""
 
 
 def read_series(path: Path, series: str | int | None = None) -> sitk.Image:
@@ -159,7 +63,7 @@ def read_series(path: Path, series: str | int | None = None) -> sitk.Image:
         raise ParameterError(
             f"series {series!r} of {path} is no UID, number or description: give one of these."
         )
-    with _files(path) as files:
+    with found_files(path) as files:
         slices = _choose(files, series, path)
         slices.sort(key=_height)
         voxels = len(slices) * slices[0].shape[0] * slices[0].shape[1]
@@ -237,295 +141,25 @@ def write_series(image: sitk.Image, folder: Path, patient_id: str = "phantom") -
         dataset.save_as(folder / f"{uid}.dcm", enforce_file_format=True)
 
 
-def is_dicom(path: Path) -> bool:
-    """Does a file start as a DICOM file does?"""
-    with path.open("rb") as stream:
-        return stream.read(132)[128:] == b"DICM"
-
-
-def is_deflated(path: Path) -> bool:
-    """Is a whole DICOM file packed? Unpacking it has no bound, so it is refused."""
-    return read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian
-
-
 def decimals(values: Sequence[float]) -> list[str]:
     """Numbers as DICOM decimal strings, at most 16 characters."""
     return [pydicom.valuerep.format_number_as_ds(float(value)) for value in values]
 
 
-# --- finding the files -----------------------------------------------------------------------
-
-
-@contextmanager
-def _files(path: Path) -> Iterator[list[tuple[Path, str]]]:
-    """The files to look at and their names in the folder or archive."""
-    if path.is_dir():
-        yield _walk(path)
-        return
-    with tempfile.TemporaryDirectory(prefix="covidmtl-") as scratch:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                files = _extract(archive, Path(scratch), path)
-        except DataError:
-            raise
-        except Exception as error:
-            raise DataError(
-                f"{path} is not a zip archive that can be read (damaged, cut off or of another "
-                "kind): copy or fetch it again."
-            ) from error
-        yield files
-
-
-def _walk(path: Path) -> list[tuple[Path, str]]:
-    """Files of a folder and its subfolders; links are followed, each folder is entered once."""
-
-    def fail(error: OSError) -> None:
-        raise DataError(f"{shown(str(error.filename))} cannot be opened: permit reading it.")
-
-    found: list[tuple[Path, str]] = []
-    seen: set[tuple[int, int]] = set()
-    for folder, inside, names in os.walk(path, onerror=fail, followlinks=True):
-        mark = Path(folder).stat()
-        if (mark.st_dev, mark.st_ino) in seen:
-            inside.clear()
-            continue
-        seen.add((mark.st_dev, mark.st_ino))
-        inside[:] = sorted(name for name in inside if name != "__MACOSX")
-        for name in sorted(names):
-            file = Path(folder, name)
-            if not name.startswith("._") and name != "DICOMDIR" and not _is_special(file):
-                found.append((file, shown(str(file.relative_to(path)))))
-        if len(found) > _MAX_FILES or len(seen) > _MAX_FILES:
-            raise DataError(f"{path} holds over {_MAX_FILES:,} files; give one patient's folder.")
-    return found
-
-
-def _is_special(file: Path) -> bool:
-    """Is it a pipe, a device or the like?"""
-    try:
-        return not stat.S_ISREG(file.stat().st_mode)
-    except OSError:
-        return False
-
-
-def _extract(archive: zipfile.ZipFile, target: Path, path: Path) -> list[tuple[Path, str]]:
-    members = []
-    for member in archive.infolist():
-        parts = member.filename.replace("\\", "/").split("/")
-        if not (member.is_dir() or "__MACOSX" in parts or parts[-1].startswith("._")):
-            _check_member(member, path)
-            members.append(member)
-    size = sum(member.file_size for member in members)
-    bomb = size > max(100 * path.stat().st_size, 2**20)
-    if len(members) > _MAX_FILES or size > MAX_ARCHIVE_BYTES or bomb:
-        raise DataError(
-            f"{path} would unpack to {len(members):,} files of {size / 2**30:.1f} GiB; more than "
-            f"{_MAX_FILES:,} files, {MAX_ARCHIVE_BYTES / 2**30:.0f} GiB or 100 times the archive "
-            "is refused. Unpack it yourself and give the folder."
-        )
-    files = []
-    for number, member in enumerate(members):
-        file = target / f"{number:05d}{Path(member.filename).suffix[:8]}"
-        # zipfile stops at the size the directory declares, so the sum above is a true bound.
-        with archive.open(member) as source, file.open("wb") as copy:
-            while part := source.read(2**20):
-                copy.write(part)
-        if Path(member.filename).name != "DICOMDIR":
-            files.append((file, shown(member.filename)))
-    return files
-
-
-def _check_member(member: zipfile.ZipInfo, path: Path) -> None:
-    name = member.filename.replace("\\", "/")
-    if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
-        reason = "which leads outside the archive: refused"
-    elif stat.S_ISLNK(member.external_attr >> 16):
-        reason = "a link: refused; pack the files themselves"
-    elif member.flag_bits & 1:
-        reason = "which is locked with a password: unpack it yourself and give the folder"
-    elif member.file_size > _MAX_MEMBER_BYTES:
-        reason = f"of {member.file_size / 2**20:,.0f} MiB, too large for one CT slice: take it out"
-    else:
-        return
-    raise DataError(f"{path} holds {shown(member.filename)!r}, {reason}.")
-
-
-# --- reading the headers ---------------------------------------------------------------------
-
-
-def _header(file: Path, name: str) -> _Slice:
-    """The slice a file holds; raises why it holds none."""
-    try:
-        if not is_dicom(file):
-            raise _NoDicom("is no DICOM file (damaged, or cut off)")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if is_deflated(file):
-                raise _NoSlice("is a packed (deflated) DICOM file; export it without that")
-            with file.open("rb") as stream:
-                dataset = pydicom.dcmread(
-                    stream, stop_before_pixels=True, specific_tags=list(_TAGS)
-                )
-                return _slice(file, name, dataset, stream)
-    except (_NoSlice, _NoDicom):
-        raise
-    except PermissionError:
-        raise _NoSlice("cannot be opened: permit reading it") from None
-    except FileNotFoundError:
-        raise _NoDicom("is a link to a file that is not there") from None
-    except Exception:
-        # pydicom raises anything on a damaged header, RecursionError included.
-        raise _NoSlice("has a damaged DICOM header") from None
-
-
-def _slice(file: Path, name: str, dataset: pydicom.Dataset, stream: BinaryIO) -> _Slice:
-    def text(keyword: str) -> str:
-        value = dataset.get(keyword)
-        return "" if value is None else str(value).strip()
-
-    uid, modality = text("SeriesInstanceUID"), text("Modality")
-    meta = dataset.file_meta.get("MediaStorageSOPClassUID")
-    ends = not stream.read(1)
-    if ends and ("SeriesInstanceUID" not in dataset or modality == "CT") and meta not in _NO_IMAGES:
-        # A header that stops too early may have lost or shortened its UID.
-        raise _NoSlice("is cut off within its header or has no pixels")
-    stream.seek(-1 if not ends else 0, os.SEEK_CUR)
-    if modality != "CT":
-        if modality or meta in _NO_IMAGES:
-            raise _NoSlice(f"has the modality {shown(modality) or '(none)'}, not CT", uid)
-        raise _NoSlice("does not say its modality")
-    try:
-        if int(dataset.get("NumberOfFrames") or 1) > 1:
-            raise _NoSlice("is a multi-frame file; convert it to NIfTI (dcm2niix)", uid)
-        position, axes, spacing, shape = _geometry(dataset, uid)
-        if "LOCALIZER" in text("ImageType").upper():
-            raise _NoSlice("is a localizer", uid, aside=abs(axes[2, 2]) < 0.7)
-        if abs(axes[2, 2]) < 0.7:
-            raise _NoSlice("is a reformat that is not axial", uid, aside=True)
-        pixels = _pixel_layout(dataset, stream, file.stat().st_size, shape, uid)
-    except (TypeError, ValueError, AttributeError, OverflowError):
-        raise _NoSlice("has a damaged DICOM header", uid) from None
-    identity = [text(keyword) for keyword in _KEY_TAGS]
-    thickness = text("SliceThickness")
-    thick = round(_number(thickness), 3) if thickness else float("inf")
-    return _Slice(
-        path=file,
-        name=name,
-        series=(*identity[3:6], *identity[:3], identity[6], thick, shape),
-        acquisition=text("AcquisitionNumber"),
-        position=position,
-        axes=axes,
-        spacing=(float(spacing[1]), float(spacing[0])),
-        shape=shape,
-        pixels=pixels,
-    )
-
-
-def _geometry(
-    dataset: pydicom.Dataset, uid: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], tuple[int, int]]:
-    numbers = []
-    localizer = "LOCALIZER" in str(dataset.get("ImageType")).upper()
-    wanted = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
-    for keyword, count in wanted.items():
-        value = dataset.get(keyword)
-        if value is None or isinstance(value, str | float) or len(value) != count:
-            raise _NoSlice(f"has no proper {keyword}, so its place is unknown", uid, localizer)
-        numbers.append(np.array([float(part) for part in value]))
-    position, orientation, spacing = numbers
-    shape = (int(dataset.Rows), int(dataset.Columns))
-    row, column = orientation[:3], orientation[3:]
-    lengths = np.array([np.linalg.norm(row), np.linalg.norm(column)])
-    if not (
-        np.isfinite(np.concatenate(numbers)).all()
-        and np.abs(position).max() < 1e5
-        and np.abs(lengths - 1).max() < 1e-2
-        and 0.05 < spacing.min() <= spacing.max() < 20
-        and 1 < min(shape) <= max(shape) <= 4096
-    ):
-        raise _NoSlice("has an impossible geometry (orientation, pixel spacing or size)", uid)
-    row, column = row / lengths[0], column / lengths[1]
-    if abs(row @ column) > 1e-3:
-        raise _NoSlice("has rows and columns that are not at right angles", uid)
-    normal = np.cross(row, column)
-    normal /= np.linalg.norm(normal)
-    return position, np.stack([row, np.cross(normal, row), normal]), spacing, shape
-
-
-def _pixel_layout(
-    dataset: pydicom.Dataset, stream: BinaryIO, file_bytes: int, shape: tuple[int, int], uid: str
-) -> _Pixels:
-    """How the pixels are kept, which must be there to the last byte."""
-    kind = str(dataset.get("PhotometricInterpretation"))
-    if str(dataset.get("SamplesPerPixel")) != "1" or kind != "MONOCHROME2":
-        raise _NoSlice("is a colour or inverted image, no CT numbers", uid)
-    bits = int(dataset.get("BitsStored") or 0)
-    if not 8 < bits <= 16 or int(dataset.get("BitsAllocated") or 0) != 16:
-        raise _NoSlice("is an 8-bit or otherwise reduced picture, no CT numbers", uid)
-    high, signed = dataset.get("HighBit"), dataset.get("PixelRepresentation")
-    if (high is not None and int(high) != bits - 1) or signed not in (0, 1):
-        raise _NoSlice("does not say properly how its pixels are stored", uid)
-    if dataset.get("ModalityLUTSequence"):
-        raise _NoSlice("keeps its CT numbers in a table (Modality LUT); convert it to NIfTI", uid)
-    slope, intercept = dataset.get("RescaleSlope"), dataset.get("RescaleIntercept")
-    if slope is None or intercept is None:
-        raise _NoSlice("has no RescaleSlope or RescaleIntercept, so its HU are unknown", uid)
-    scale = float(slope), float(intercept)
-    if not np.isfinite(scale).all() or scale[0] <= 0:
-        raise _NoSlice("has an impossible RescaleSlope or RescaleIntercept", uid)
-    syntax = str(dataset.file_meta.get("TransferSyntaxUID"))
-    implicit, little = dataset.original_encoding
-    order = "<" if little else ">"
-    length = _pixel_length(stream, bool(implicit), order)
-    if syntax in _PLAIN:
-        need = 2 * shape[0] * shape[1]
-        if length not in (need, need + 1) or stream.tell() + need > file_bytes:
-            raise _NoSlice("has fewer or more pixels than its header says (cut off?)", uid)
-        offset = stream.tell()
-    elif syntax in _COMPRESSED:
-        if length != 0xFFFFFFFF or not _fragments_are_whole(stream, file_bytes):
-            raise _NoSlice("is cut off within its compressed pixels", uid)
-        offset = -1
-    else:
-        raise _NoSlice(f"has pixels compressed in an unknown way ({shown(syntax)[:64]})", uid)
-    return _Pixels(offset, order, bits, signed == 1, *scale)
-
-
-def _pixel_length(stream: BinaryIO, implicit: bool, order: str) -> int:
-    """Length of the pixel element that starts here; its value comes next."""
-    name = "little" if order == "<" else "big"
-    head = stream.read(8 if implicit else 12)
-    group = b"\xe0\x7f\x10\x00" if order == "<" else b"\x7f\xe0\x00\x10"
-    if head[:4] != group or not (implicit or head[4:6] in (b"OW", b"OB", b"UN")):
-        return -1
-    return int.from_bytes(head[-4:], name)  # type: ignore[arg-type]
-
-
-def _fragments_are_whole(stream: BinaryIO, file_bytes: int) -> bool:
-    while len(head := stream.read(8)) == 8:
-        length = int.from_bytes(head[4:], "little")
-        if head[:4] == b"\xfe\xff\xdd\xe0":
-            return True
-        if head[:4] != b"\xfe\xff\x00\xe0" or stream.tell() + length > file_bytes:
-            return False
-        stream.seek(length, os.SEEK_CUR)
-    return False
-
-
 # --- choosing the series ---------------------------------------------------------------------
 
 
-def _choose(files: list[tuple[Path, str]], series: str | int | None, path: Path) -> list[_Slice]:
+def _choose(files: list[tuple[Path, str]], series: str | int | None, path: Path) -> list[Slice]:
     """The slices of the series to take, when it is certain that none is lost."""
-    groups: dict[tuple[Any, ...], list[list[_Slice]]] = {}
-    refused: list[tuple[str, _NoSlice]] = []
-    foreign: list[tuple[str, _NoDicom]] = []
+    groups: dict[tuple[Any, ...], list[list[Slice]]] = {}
+    refused: list[tuple[str, NoSlice]] = []
+    foreign: list[tuple[str, NoDicom]] = []
     for file, name in files:
         try:
-            piece = _header(file, name)
-        except _NoSlice as reason:
+            piece = read_header(file, name)
+        except NoSlice as reason:
             refused.append((name, reason))
-        except _NoDicom as reason:
+        except NoDicom as reason:
             foreign.append((name, reason))
         else:
             _add(groups.setdefault(piece.series, []), piece, path)
@@ -550,7 +184,7 @@ def _choose(files: list[tuple[Path, str]], series: str | int | None, path: Path)
     )
 
 
-def _add(groups: list[list[_Slice]], piece: _Slice, path: Path) -> None:
+def _add(groups: list[list[Slice]], piece: Slice, path: Path) -> None:
     """Put a slice to those of its orientation and pixel spacing, which rounding makes differ."""
     for group in groups:
         turned = np.abs(group[0].axes - piece.axes).max()
@@ -563,7 +197,7 @@ def _add(groups: list[list[_Slice]], piece: _Slice, path: Path) -> None:
     groups.append([piece])
 
 
-def _matching(found: list[list[_Slice]], wanted: str, path: Path) -> list[list[_Slice]]:
+def _matching(found: list[list[Slice]], wanted: str, path: Path) -> list[list[Slice]]:
     chosen = [group for group in found if wanted and wanted in group[0].series[:3]]
     different = {group[0].series[:6] for group in chosen}
     if len(different) == 1:
@@ -583,24 +217,16 @@ def _matching(found: list[list[_Slice]], wanted: str, path: Path) -> list[list[_
     raise ParameterError(f"series {wanted!r} is not in {path}, which holds: {names}.")
 
 
-def _rank(group: list[_Slice]) -> tuple[Any, ...]:
+def _rank(group: list[Slice]) -> tuple[Any, ...]:
     key = group[0].series
     number = int(key[1]) if re.fullmatch(r"-?[0-9]{1,15}", key[1]) else 10**16
     return -len(group), key[7], number, *map(str, key), group[0].name
 
 
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        return float("inf")
-    return value if np.isfinite(value) else float("inf")
-
-
 def _refuse_lost_slices(
-    chosen: list[_Slice],
-    refused: list[tuple[str, _NoSlice]],
-    foreign: list[tuple[str, _NoDicom]],
+    chosen: list[Slice],
+    refused: list[tuple[str, NoSlice]],
+    foreign: list[tuple[str, NoDicom]],
     path: Path,
 ) -> None:
     """Raise if a file that was left aside may be a slice of the chosen series."""
@@ -621,7 +247,7 @@ def _is_named_dicom(name: str) -> bool:
     return name.lower().endswith((".dcm", ".ima", ".dicom"))
 
 
-def _refuse_longer_rest(chosen: list[_Slice], found: list[list[_Slice]], path: Path) -> None:
+def _refuse_longer_rest(chosen: list[Slice], found: list[list[Slice]], path: Path) -> None:
     """Raise if slices of the same series, told apart by their headers, reach further."""
     identity = chosen[0].series[0], chosen[0].series[3:6]
     heights = np.array([_height(piece) for piece in chosen])
@@ -643,11 +269,11 @@ def _refuse_longer_rest(chosen: list[_Slice], found: list[list[_Slice]], path: P
 # --- from slices to a volume -----------------------------------------------------------------
 
 
-def _height(piece: _Slice) -> float:
+def _height(piece: Slice) -> float:
     return float(piece.position @ piece.axes[2])
 
 
-def _values(piece: _Slice, path: Path) -> NDArray[Any]:
+def _values(piece: Slice, path: Path) -> NDArray[Any]:
     """Rescaled intensities of one file, (rows, columns)."""
     if piece.pixels.offset < 0:
         return _decoded(piece, path)
@@ -668,7 +294,7 @@ def _values(piece: _Slice, path: Path) -> NDArray[Any]:
     return _short(values.reshape(piece.shape) * how.slope + how.intercept)
 
 
-def _decoded(piece: _Slice, path: Path) -> NDArray[Any]:
+def _decoded(piece: Slice, path: Path) -> NDArray[Any]:
     """Compressed pixels."""
     reader = sitk.ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
@@ -700,8 +326,8 @@ def _short(values: NDArray[Any]) -> NDArray[Any]:
 
 
 def _without_duplicates(
-    slices: list[_Slice], pixels: list[NDArray[Any]], path: Path
-) -> tuple[list[_Slice], list[NDArray[Any]]]:
+    slices: list[Slice], pixels: list[NDArray[Any]], path: Path
+) -> tuple[list[Slice], list[NDArray[Any]]]:
     """Drop copies of a slice; take the largest of several acquisitions of one place."""
     kept: list[int] = []
     clash = -1
@@ -740,7 +366,7 @@ def _without_duplicates(
     return _without_duplicates([slices[k] for k in largest], [pixels[k] for k in largest], path)
 
 
-def _check_scales(slices: list[_Slice], path: Path) -> None:
+def _check_scales(slices: list[Slice], path: Path) -> None:
     """All slices must count in the same units: the most common ones."""
     first = slices[0].pixels
     slope = float(np.median([piece.pixels.slope for piece in slices]))
@@ -759,7 +385,7 @@ def _check_scales(slices: list[_Slice], path: Path) -> None:
         raise DataError(f"{path}: {piece.name} {what}: export the series again.")
 
 
-def _assemble(slices: list[_Slice], pixels: list[NDArray[Any]], path: Path) -> sitk.Image:
+def _assemble(slices: list[Slice], pixels: list[NDArray[Any]], path: Path) -> sitk.Image:
     if len(slices) < 2:
         raise DataError(f"{path} has one CT slice; a volume needs the whole series.")
     _check_scales(slices, path)
@@ -788,7 +414,7 @@ def _assemble(slices: list[_Slice], pixels: list[NDArray[Any]], path: Path) -> s
 
 
 def _refuse_interleaved(
-    slices: list[_Slice], heights: NDArray[np.float64], step: float, path: Path
+    slices: list[Slice], heights: NDArray[np.float64], step: float, path: Path
 ) -> None:
     """Raise if uneven slices come from acquisitions that overlap, as the patient moved between."""
     if np.abs(np.diff(heights) - step).max() <= max(0.02 * step, 0.02):

@@ -28,11 +28,13 @@ AIR_BELOW = -420
 WORKING_MM = 2.0
 """Voxel size at which `refined` reasons; the surface is settled at full resolution."""
 
-CLOSING_MM = 10.0
+CLOSING_MM = 8.0
 """Radius of the closing that takes in vessels and small white regions."""
 
 WHITE_CLOSING_MM = 30.0
-"""Added to it in a lung that is white for a quarter or more."""
+"""Added to it in a lung of which `WHITE_SHARE` or more is white, in proportion below."""
+
+WHITE_SHARE = 0.125
 
 WALL_DEPTH_MM = 35.0
 """Thickest white region that is bridged along the chest wall."""
@@ -293,9 +295,7 @@ def _airways(hu: NDArray[np.float32], body: Mask, step: Sequence[float]) -> Mask
     return airways
 
 
-def _holes(
-    plane: NDArray[np.float32], step: Sequence[float]
-) -> tuple[NDArray[Any], NDArray[Any]]:
+def _holes(plane: NDArray[np.float32], step: Sequence[float]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Connected dark regions of a slice, and their areas; dark enough to show thin walls."""
     labels, count = cc3d.connected_components(plane < -700, connectivity=4, return_N=True)
     areas = np.bincount(labels.ravel(), minlength=count + 1) * float(step[1] * step[2])
@@ -430,7 +430,7 @@ def _completed(
     large[0] = False
     bridged = _along_wall(large[parts], step, label, middle) & (hu < 200)
     white = (bridged.sum() + glass.sum()) / known.sum()
-    radius = CLOSING_MM + WHITE_CLOSING_MM * min(1.0, 4 * white)
+    radius = CLOSING_MM + WHITE_CLOSING_MM * min(1.0, white / WHITE_SHARE)
     return _filled(_closed(known | bridged, radius, step))
 
 

@@ -305,7 +305,7 @@ def test_two_patients_in_one_folder_are_refused(
     scan: sitk.Image, other_scan: sitk.Image, tmp_path: Path
 ) -> None:
     two_series(scan, other_scan, tmp_path, tagged(PatientID="A"), tagged(PatientID="B"))
-    with pytest.raises(DataError, match="several patients"):
+    with pytest.raises(DataError, match="holds 2 patients"):
         ct.read_ct(tmp_path)
 
 

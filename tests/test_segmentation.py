@@ -41,7 +41,7 @@ def sick() -> Phantom:
 
 def test_refined_finds_both_lungs_lesions_and_nothing_far_away(sick: Phantom) -> None:
     mask, truth, lesions = (array(i) for i in (segment_lungs(sick.image), sick.lungs, sick.lesions))
-    assert min(by_side(mask, truth).values()) > 0.97
+    assert min(by_side(mask, truth).values()) > 0.96
     assert (mask[lesions > 0] > 0).mean() > 0.8
     far = ndimage.distance_transform_edt(truth == 0, sampling=SPACING) > 15
     assert not mask[far].any(), "trachea, bowel gas, table or air outside"
@@ -103,7 +103,7 @@ def test_emptier_lungs_and_more_noise() -> None:
 
 @pytest.mark.parametrize("burden", [0.0, 0.3])
 def test_released_is_the_plain_algorithm_voxel_by_voxel(burden: float) -> None:
-    slab = make_phantom(draw_patient(31, burden, stretch=(1, 1, 1)), (16, 390, 390), 1.0)
+    slab = make_phantom(draw_patient(31, burden, stretch=(1, 1.15, 1.15)), (16, 390, 390), 1.0)
     volume = np.clip(array(slab.image) + 1024, 0, 4095).astype(np.int16)
     start = released.classical(volume)
     with warnings.catch_warnings():
