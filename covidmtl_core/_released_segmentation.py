@@ -117,7 +117,7 @@ def closed(mask: Mask, radius: float) -> Mask:
 def _regions(plane: Mask) -> NDArray[Any]:
     """Regions of a slice that touch at sides or corners.
 
-    As a volume of one slice: cc3d 4.1.1 labels some 2D masks of odd width wrongly at connectivity 8.
+    As a volume of one slice: in 2D cc3d 4.1.1 mislabels masks of odd width at connectivity 8.
     """
     return cc3d.connected_components(plane[None], connectivity=26)[0]
 

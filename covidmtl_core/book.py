@@ -40,6 +40,11 @@ BANNERS = {
     ),
     "volumes": ("CT volumes", "Computed on CT volumes supplied by the reader."),
 }
+PHANTOM_SCANS = (
+    "Synthetic scans",
+    "The CT scans on this page are phantoms. No number computed on them says anything about "
+    "COVID-19, and none has a verdict.",
+)
 SIZES = {
     "n_trees": {"phantom": 100, "released": 1000, "volumes": 1000},
     "n_seeds": {"phantom": 10, "released": 10, "volumes": 10},
@@ -196,12 +201,13 @@ def claim_title(row: "pd.Series[Any]") -> str:
     return ", ".join(filter(None, [model, task, metric]))
 
 
-def start(name: str, tier: str, **parameters: Any) -> Chapter:
+def start(name: str, tier: str, phantom_scans: bool = False, **parameters: Any) -> Chapter:
     """Open a chapter: check its parameters and show the banner that names the data.
 
     Args:
         name: The chapter's file name without `.ipynb`.
         tier: `phantom`, `released` or `volumes`.
+        phantom_scans: Does the chapter work on synthetic scans in every tier?
         **parameters: The chapter's other parameters; `seed` must be a whole number, a size
             (`n_...`) at least 1, or None for the tier's default in `SIZES`.
 
@@ -220,16 +226,17 @@ def start(name: str, tier: str, **parameters: Any) -> Chapter:
                 )
     from IPython.display import display
 
-    display(_html(banner_html(tier)))
+    display(_html(banner_html(tier, phantom_scans)))
     return Chapter(name, tier, parameters)
 
 
-def banner_html(tier: str) -> str:
+def banner_html(tier: str, phantom_scans: bool = False) -> str:
     """The banner that tells which data a page was computed on."""
-    title, text = BANNERS[tier]
+    title, text = PHANTOM_SCANS if phantom_scans else BANNERS[tier]
+    colour = _COLOURS["phantom" if phantom_scans else tier]
     return (
         f'<div class="data-banner" data-tier="{tier}" style="border-left:0.4rem solid '
-        f'{_COLOURS[tier]};padding:0.4rem 0.8rem;margin:0.5rem 0"><b>{title}.</b> {text}</div>'
+        f'{colour};padding:0.4rem 0.8rem;margin:0.5rem 0"><b>{title}.</b> {text}</div>'
     )
 
 

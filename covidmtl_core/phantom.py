@@ -104,7 +104,7 @@ def draw_patient(seed: int, burden: float = 0.0, **changes: Any) -> Patient:
         parenchyma=rng.normal(-880, 28),
         noise=float(np.exp(rng.normal(np.log(50), 0.4))),
         burden=burden,
-        consolidation=float(np.clip(rng.normal(0.1 + 0.5 * burden, 0.08), 0, 0.6)),
+        consolidation=float(np.clip(rng.normal(0.15 + 0.5 * burden, 0.08), 0, 0.6)),
         paving=float(rng.choice([0, 150]) if burden > 0.03 else 0),
         bands=int(rng.integers(0, 6)) if burden > 0.01 else 0,
     )
@@ -363,7 +363,7 @@ class _Body:
         potential = self._lesion_potential(w, v, u, outer, noise) + 0.08 * fine
         glass = ((potential - sick) / 0.3 + 0.25).clamp(0, 1)
         paving = p.paving * (fine.abs() < 0.22)
-        hu = hu + glass * (-540 + 90 * noise.clamp(-1.5, 1.5) + paving - hu)
+        hu = hu + glass * (-480 + 110 * noise.clamp(-1.5, 1.5) + paving - hu)
         own = (u < 2) == (self.white_side == RIGHT)
         dense = ((potential - solid) / 0.25 + 0.5).clamp(0, 1)
         dense = torch.maximum(dense, ((white - w) / 3 + 0.5).clamp(0, 1) * own)

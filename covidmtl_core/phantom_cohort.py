@@ -47,7 +47,7 @@ def source_table() -> pd.DataFrame:
         nat[members[: round(share * len(members))]] = True
     age = np.clip(rng.normal(54, 17, n), 1, 97).round().astype(int)
     burden = 0.035 * np.exp(0.85 * rng.normal(size=n) + 0.35 * nat + 0.008 * (age - 54))
-    burden = np.where(ct, np.clip(burden, 0.004, 0.4), 0.0)
+    burden = np.where(ct, np.clip(burden, 0.004, 0.36), 0.0)
     severe = nat & (burden > np.quantile(burden[nat], 0.74))
     severity = np.where(severe, 2, nat.astype(int))
     morbidity = np.select(

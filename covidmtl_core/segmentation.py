@@ -36,6 +36,9 @@ WHITE_CLOSING_MM = 30.0
 
 WHITE_SHARE = 0.125
 
+SPINE_MM = 28.0
+"""Half width of spine, aorta and what lies before them, where lungs are not widened."""
+
 WALL_DEPTH_MM = 35.0
 """Thickest white region that is bridged along the chest wall."""
 
@@ -428,23 +431,26 @@ def _completed(
     parts, count = cc3d.connected_components(known, connectivity=6, return_N=True)
     large = np.bincount(parts.ravel(), minlength=count + 1) * np.prod(step) > 10_000
     large[0] = False
-    bridged = _along_wall(large[parts], step, label, middle) & (hu < 200)
+    central = np.abs(np.arange(known.shape[2]) - middle) * step[2] < SPINE_MM
+    bridged = _along_wall(large[parts], step, label) & (hu < 200) & ~central
     white = (bridged.sum() + glass.sum()) / known.sum()
-    radius = CLOSING_MM + WHITE_CLOSING_MM * min(1.0, white / WHITE_SHARE)
-    return _filled(_closed(known | bridged, radius, step))
+    extra = WHITE_CLOSING_MM * min(1.0, white / WHITE_SHARE)
+    lung = _closed(known | bridged, CLOSING_MM, step)
+    if extra > 1:
+        lung |= _closed(lung, CLOSING_MM + extra, step) & ~central
+    return _filled(lung)
 
 
-def _along_wall(lung: Mask, step: Sequence[float], label: int, middle: float) -> Mask:
+def _along_wall(lung: Mask, step: Sequence[float], label: int) -> Mask:
     """White regions between a lung and the chest wall, beside it and behind it.
 
     Seen from outside, the wall is convex: where the lung's outline lies behind the straight line
     between its neighbours, in a slice or from slice to slice, something white has taken its place.
-    In front the heart does so, and beside the spine the spine: these are left out.
+    In front it may be the heart.
     """
     outward = slice(None, None, -1 if label == RIGHT else 1)
     beside = _bridged(lung[:, :, outward], WALL_DEPTH_MM / step[2])[:, :, outward]
     behind = _bridged(lung.transpose(0, 2, 1), WALL_DEPTH_MM / step[1]).transpose(0, 2, 1)
-    behind[:, :, np.abs(np.arange(lung.shape[2]) - middle) * step[2] < 32] = False
     return beside | behind
 
 
