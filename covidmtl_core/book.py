@@ -73,6 +73,13 @@ def results_folder(tier: str, chapter: str) -> Path:
     return results_root() / tier / chapter
 
 
+def recorded(name: str) -> dict[str, Any] | None:
+    """A figure measured once and kept in `book/recorded`, or None without the repository."""
+    root = repository_folder()
+    path = root / "book" / "recorded" / f"{name}.json" if root else None
+    return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
+
+
 def upstream_table(tier: str, chapter: str, name: str) -> pd.DataFrame | None:
     """A table that another chapter saved with `Chapter.save_table`, or None if it was not run."""
     path = results_folder(tier, chapter) / f"{name}.csv"
@@ -251,7 +258,7 @@ def provenance(chapter: Chapter) -> dict[str, Any]:
     return {
         "chapter": chapter.name,
         "tier": chapter.tier,
-        "commit": _commit(),
+        "commit": commit(),
         "versions": _versions(),
         "data": data,
         "parameters": chapter.parameters,
@@ -263,7 +270,8 @@ def provenance(chapter: Chapter) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     versions = {"Python": platform.python_version()}
-    for package in ("numpy", "pandas", "scikit-learn", "lightgbm", "scipy", "statsmodels"):
+    packages = ("numpy", "pandas", "scikit-learn", "lightgbm", "scipy", "statsmodels")
+    for package in (*packages, "torch", "SimpleITK", "scikit-image"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -271,7 +279,8 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit this package runs from, `-dirty` if files were changed since."""
     root = repository_folder()
     if root is None:
         return f"covidmtl-core {metadata.version('covidmtl-core')}"

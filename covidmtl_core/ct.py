@@ -238,6 +238,14 @@ def _float_for(pixel: int) -> int:
     return sitk.sitkFloat32 if pixel in small else sitk.sitkFloat64
 
 
+def same_grid(one: sitk.Image, other: sitk.Image) -> bool:
+    """Do two images have the same size, spacing, origin and direction?"""
+    return one.GetSize() == other.GetSize() and all(
+        np.allclose(getattr(one, get)(), getattr(other, get)(), atol=1e-3)
+        for get in ("GetSpacing", "GetOrigin", "GetDirection")
+    )
+
+
 def to_paper(image: sitk.Image) -> sitk.Image:
     """HU to the paper's intensities: HU + 1024, clipped to 0..4095 (section 4.1 as released)."""
     values = sitk.GetArrayViewFromImage(image).astype(np.float32)

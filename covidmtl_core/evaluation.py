@@ -217,7 +217,8 @@ def overlap_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
 
     Returns:
         `dice`, `jaccard`, `mcc` (Matthews correlation) and `precision`, fractions; `recall` beside
-        them. All are 1 where both masks are empty, and 0 where only one is.
+        them. All are 1 where both masks are empty, and 0 where only one is; where one mask is
+        full, `mcc` is 1 if both are, else 0.
 
     Raises:
         ParameterError: The shapes differ.
@@ -225,14 +226,19 @@ def overlap_metrics(predicted: ArrayLike, truth: ArrayLike) -> dict[str, float]:
     p, t = np.asarray(predicted) > 0, np.asarray(truth) > 0
     if p.shape != t.shape:
         raise ParameterError(f"The masks have shapes {p.shape} and {t.shape}; they must be equal.")
-    both, found, there, size = (float(np.count_nonzero(m)) for m in (p & t, p, t, np.ones_like(p)))
+    both, found, there = (float(np.count_nonzero(m)) for m in (p & t, p, t))
+    size = float(p.size)
     if not found or not there:
         return dict.fromkeys(
             ("dice", "jaccard", "mcc", "precision", "recall"), float(found == there)
         )
     neither = size - found - there + both
     spread = np.sqrt(found * there * (size - found) * (size - there))
-    correlation = (both * neither - (found - both) * (there - both)) / spread if spread else 1.0
+    correlation = (
+        (both * neither - (found - both) * (there - both)) / spread
+        if spread
+        else float(both == size)
+    )
     return {
         "dice": 2 * both / (found + there),
         "jaccard": both / (found + there - both),

@@ -119,8 +119,8 @@ def make_phantom(
 ) -> Phantom:
     """Scan a patient.
 
-    The same patient in the same field of view has the same anatomy at any voxel spacing; noise
-    differs between spacings and between devices.
+    The same patient has the same body at any voxel spacing. Lesions, as shares of the lungs, and
+    noise are drawn for each grid; noise differs between devices too.
 
     Args:
         patient: From `draw_patient`.
@@ -154,7 +154,7 @@ def make_phantom(
 
 
 class _Body:
-    """The implicit surfaces of one patient on one grid. All of it in standard mm after `_pose`."""
+    """The implicit surfaces of one patient on one grid. Standard mm are those after `pose`."""
 
     def __init__(
         self, patient: Patient, size: tuple[int, ...], spacing: NDArray[Any], device: torch.device
@@ -170,7 +170,6 @@ class _Body:
         self.lesion_noise = _Field(self, knots_mm=15, sd=1.0)
         self.density_noise = _Field(self, knots_mm=25, sd=12.0)
         self.fine_noise = _Field(self, knots_mm=5, sd=1.0)
-        self.base = 0.0
         self.lean = float(self.rng.normal(0, 0.35))
         self.white_side = LEFT if self.rng.random() < 0.5 else RIGHT
         self.gas = self._draw_gas()
@@ -577,7 +576,7 @@ def _tree(
 
 
 def _blur(volume: Tensor, sigmas: Sequence[float]) -> Tensor:
-    """Separable Gaussian blur of three or five taps, borders replicated; sigmas in voxels."""
+    """Separable blur of three taps (up to about 0.8 voxels), borders replicated; in voxels."""
     for axis, sigma in enumerate(sigmas):
         if sigma < 0.2:
             continue

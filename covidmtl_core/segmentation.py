@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from covidmtl_core import _released_segmentation as released
+from covidmtl_core.ct import same_grid
 from covidmtl_core.errors import DataError, ParameterError
 
 RIGHT, LEFT = 1, 2
@@ -46,7 +47,9 @@ Mask = NDArray[np.bool_]
 Segmenter = Callable[[sitk.Image], sitk.Image]
 
 
-def segment_lungs(image: sitk.Image, method: str | Segmenter = "refined") -> sitk.Image:
+def segment_lungs(
+    image: sitk.Image, method: str | Segmenter = "refined", n_jobs: int | None = None
+) -> sitk.Image:
     """Label the lungs of a chest CT.
 
     `classical` is thresholding and connected regions (reference [25] of the paper); `released` adds
@@ -59,6 +62,7 @@ def segment_lungs(image: sitk.Image, method: str | Segmenter = "refined") -> sit
         image: HU, 3D, any orientation and spacing, as from `ct.read_ct`.
         method: One of `METHODS`, or a function that takes the image and returns a mask in its
             grid: 1 right and 2 left lung, or 1 for both.
+        n_jobs: Processes that `released` may use; None takes one for each core.
 
     Returns:
         uint8 label mask in the image's own grid: 1 right lung, 2 left lung. Vessels and lesions
@@ -66,22 +70,25 @@ def segment_lungs(image: sitk.Image, method: str | Segmenter = "refined") -> sit
 
     Raises:
         DataError: No lung was found.
-        ParameterError: The method is unknown, or its mask does not fit the image.
+        ParameterError: The method is unknown, its mask does not fit the image, or this is not 3D.
     """
     if not callable(method) and method not in METHODS:
         raise ParameterError(
             f"method is {method!r}; it must be one of {', '.join(METHODS)}, or a function."
         )
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise ParameterError(f"The image has {image.GetDimension()} dimensions; 3 are needed.")
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     upright = sitk.DICOMOrient(image, "LPS")
-    hu = np.maximum(sitk.GetArrayFromImage(upright), -1024)
     spacing = upright.GetSpacing()[::-1]
+    hu, inside = _whole_blocks(_as_hu(sitk.GetArrayFromImage(upright)), _factors(spacing))
     if callable(method):
-        labels = _checked_mask(method(image), image, hu, spacing)
+        labels = _sided(_checked_mask(method(image), image), hu, spacing, inside)
     elif method == "refined":
-        labels = _refined(hu, spacing)
+        labels = _refined(hu, spacing)[inside]
     else:
-        labels = _sides(_at_one_mm(hu, spacing, method), hu, spacing)
+        lungs = _at_one_mm(hu[inside], spacing, method, n_jobs)
+        labels = _sided(lungs, hu, spacing, inside)
     if not labels.any():
         name = getattr(method, "__name__", method)
         raise DataError(
@@ -95,26 +102,37 @@ def segment_lungs(image: sitk.Image, method: str | Segmenter = "refined") -> sit
     return mask
 
 
-def _checked_mask(
-    mask: sitk.Image, image: sitk.Image, hu: NDArray[np.int16], spacing: Sequence[float]
-) -> NDArray[np.uint8]:
-    """The mask of somebody else's segmenter, upright, with right and left told apart."""
-    same = mask.GetSize() == image.GetSize() and all(
-        np.allclose(getattr(mask, get)(), getattr(image, get)(), atol=1e-3)
-        for get in ("GetSpacing", "GetOrigin", "GetDirection")
-    )
-    if not same:
-        raise ParameterError("The segmenter's mask is not in the image's grid; resample it first.")
+def _as_hu(voxels: NDArray[Any]) -> NDArray[Any]:
+    """HU from -1024 on, as int16 where they are whole numbers, else as float32."""
+    if voxels.dtype == np.int16:
+        return np.maximum(voxels, np.int16(-1024))
+    kept = np.clip(voxels.astype(np.float32), -1024, 32_767)
+    return kept.astype(np.int16) if voxels.dtype.kind in "iu" else kept
+
+
+def _whole_blocks(
+    hu: NDArray[Any], factors: Sequence[int]
+) -> tuple[NDArray[Any], tuple[slice, ...]]:
+    """The volume, continued at its far ends to whole blocks of averaged voxels; and its place."""
+    missing = [-n % f for n, f in zip(hu.shape, factors, strict=True)]
+    inside = tuple(slice(n) for n in hu.shape)
+    return np.pad(hu, [(0, n) for n in missing], mode="edge") if any(missing) else hu, inside
+
+
+def _checked_mask(mask: sitk.Image, image: sitk.Image) -> NDArray[Any]:
+    """The mask of somebody else's segmenter, upright."""
+    if not isinstance(mask, sitk.Image) or not same_grid(mask, image):
+        raise ParameterError(
+            "The segmenter must return a SimpleITK image in the image's grid; resample it first."
+        )
     labels = sitk.GetArrayFromImage(sitk.DICOMOrient(mask, "LPS"))
     found = set(np.unique(labels).tolist()) - {0}
-    if found <= {RIGHT}:
-        return _sides(labels != 0, hu, spacing)
-    if found <= {RIGHT, LEFT}:
-        return labels.astype(np.uint8)
-    raise ParameterError(f"The segmenter's mask has labels {sorted(found)}; 1 and 2 are known.")
+    if not found <= {RIGHT, LEFT}:
+        raise ParameterError(f"The segmenter's mask has labels {sorted(found)}; 1 and 2 are known.")
+    return labels
 
 
-def _at_one_mm(hu: NDArray[np.int16], spacing: Sequence[float], method: str) -> Mask:
+def _at_one_mm(hu: NDArray[Any], spacing: Sequence[float], method: str, n_jobs: int | None) -> Mask:
     """The authors' pipeline: HU + 1024 at 1 mm by cubic splines, there segmented, and back."""
     whole = hu if hu.dtype == np.int16 else np.rint(hu).astype(np.int16)
     volume = np.clip(whole, -1024, 3071) + np.int16(1024)
@@ -124,7 +142,7 @@ def _at_one_mm(hu: NDArray[np.int16], spacing: Sequence[float], method: str) -> 
         volume = np.maximum(ndimage.zoom(volume, scale, order=3, mode="nearest"), 0)
     mask = released.classical(volume)
     if method == "released":
-        mask = released.refine(volume, mask)
+        mask = released.refine(volume, mask, n_jobs)
     if mask.shape != shape:
         mask = ndimage.zoom(mask, np.divide(shape, mask.shape), order=0, mode="nearest")
     return mask
@@ -133,26 +151,26 @@ def _at_one_mm(hu: NDArray[np.int16], spacing: Sequence[float], method: str) -> 
 # --- right and left -----------------------------------------------------------------------------
 
 
-def _sides(mask: Mask, hu: NDArray[np.int16], spacing: Sequence[float]) -> NDArray[np.uint8]:
-    """Labels of a mask of both lungs."""
-    labels = np.zeros(mask.shape, np.uint8)
+def _sided(
+    mask: NDArray[Any], hu: NDArray[Any], spacing: Sequence[float], inside: tuple[slice, ...]
+) -> NDArray[np.uint8]:
+    """Labels of a mask; right and left are told apart unless both are there."""
+    if (mask == LEFT).any():
+        return mask.astype(np.uint8)
     factors = _factors(spacing)
+    whole: Mask = np.zeros(hu.shape, bool)
+    whole[inside] = mask > 0
     every = tuple(slice(f // 2, None, f) for f in factors)
-    small, step = mask[every], _multiplied(spacing, factors)
-    box = _bounds(small, 0.0, step)
-    if box is None:
-        return labels
-    right = _nearer_right(small[box], step, _middle(hu[every], step) - box[2].start)
-    place = tuple(
-        slice(max(0, (s.start - 1) * f), (s.stop + 1) * f)
-        for s, f in zip(box, factors, strict=True)
-    )
-    known = np.pad(right, 1, mode="edge")
-    inside = tuple(slice(0 if s.start else 1, None) for s in box)
-    side = _enlarged(np.where(known[inside], RIGHT, LEFT).astype(np.uint8), factors)
-    target = labels[place]
-    target[:] = side[tuple(slice(n) for n in target.shape)] * mask[place]
-    return labels
+    small, step = whole[every], _multiplied(spacing, factors)
+    middle = _middle(hu[every], step)
+    column = np.arange(whole.shape[2]) // factors[2]
+    labels = np.where(column < middle, RIGHT, LEFT).astype(np.uint8) * whole
+    box = _bounds(small, max(step), step)
+    if box is not None:
+        right = _enlarged(_nearer_right(small[box], step, middle - box[2].start), factors)
+        place = tuple(slice(s.start * f, s.stop * f) for s, f in zip(box, factors, strict=True))
+        labels[place] = np.where(right, RIGHT, LEFT) * whole[place]
+    return labels[inside]
 
 
 def _middle(hu: NDArray[Any], step: Sequence[float]) -> float:
@@ -185,7 +203,7 @@ def _nearer_right(lungs: Mask, spacing: Sequence[float], middle: float) -> Mask:
         counts = np.bincount(parts.ravel(), minlength=3)
         counts[0] = 0
         pair = np.argsort(-counts)[:2]
-        if counts[pair[1]] < 0.1 * counts[pair[0]]:
+        if not counts[pair[1]] or counts[pair[1]] < 0.1 * counts[pair[0]]:
             continue
         lungs_apart = [parts == label for label in pair]
         columns = [_mean_column(part) for part in lungs_apart]
@@ -202,7 +220,7 @@ def _mean_column(mask: Mask) -> float:
 # --- ours ---------------------------------------------------------------------------------------
 
 
-def _refined(hu: NDArray[np.int16], spacing: Sequence[float]) -> NDArray[np.uint8]:
+def _refined(hu: NDArray[Any], spacing: Sequence[float]) -> NDArray[np.uint8]:
     factors = _factors(spacing)
     coarse = _shrunk(hu, factors)
     step = _multiplied(spacing, factors)
@@ -240,7 +258,7 @@ def _multiplied(spacing: Sequence[float], factors: Sequence[int]) -> tuple[float
     return tuple(float(s * f) for s, f in zip(spacing, factors, strict=True))
 
 
-def _shrunk(hu: NDArray[np.int16], factors: Sequence[int]) -> NDArray[np.float32]:
+def _shrunk(hu: NDArray[Any], factors: Sequence[int]) -> NDArray[np.float32]:
     """Means over blocks of voxels, which also takes most of the noise away."""
     image = sitk.GetImageFromArray(hu)
     return sitk.GetArrayFromImage(sitk.BinShrink(sitk.Cast(image, sitk.sitkFloat32), factors[::-1]))
@@ -340,10 +358,15 @@ def _lung_air(
     """The parts of the air that are lung: inside the body, and not as empty as gas."""
     parts, count = cc3d.connected_components(air, connectivity=6, return_N=True)
     voxels = np.bincount(parts.ravel(), minlength=count + 1)
-    enclosed = np.bincount(parts[_sides_closed(body) >= 3], minlength=count + 1) / voxels
+    enclosed = np.bincount(parts[_sides_closed(body) >= 3], minlength=count + 1) / np.maximum(
+        voxels, 1
+    )
     volumes = voxels * np.prod(step) / 1000
     boxes = ndimage.find_objects(parts, max_label=count)
-    enclosed[np.unique(parts[:, -1])] = enclosed[0] = 0
+    behind = np.bincount(parts[:, -1].ravel(), minlength=count + 1)
+    enclosed[behind > 0.1 * voxels] = enclosed[0] = (
+        0  # the table's inside, cut by the field of view
+    )
     lung = np.zeros(count + 1, bool)
     largest = 0.0
     candidates = np.flatnonzero((volumes > 0.3) & (enclosed > 0.8))
@@ -360,9 +383,8 @@ def _lung_air(
 def _offsets(parts: NDArray[Any], count: int, middle: float) -> NDArray[np.float64]:
     """How far the centre of each region lies from the middle column: the gullet's air is near."""
     columns = np.broadcast_to(np.arange(parts.shape[2], dtype=float), parts.shape)
-    centres = np.bincount(parts.ravel(), columns.ravel(), count + 1) / np.bincount(
-        parts.ravel(), minlength=count + 1
-    )
+    sums = np.bincount(parts.ravel(), columns.ravel(), count + 1)
+    centres = sums / np.maximum(np.bincount(parts.ravel(), minlength=count + 1), 1)
     return np.abs(centres - middle)
 
 
@@ -497,7 +519,7 @@ def _settled(
     aerated: Mask,
     elsewhere: Mask,
     right: Mask,
-    hu: NDArray[np.int16],
+    hu: NDArray[Any],
     factors: Sequence[int],
 ) -> NDArray[np.uint8]:
     """Labels at full resolution: where lung borders on tissue, each voxel's own HU decide."""

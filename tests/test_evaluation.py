@@ -162,6 +162,12 @@ def test_overlap_with_an_empty_truth(predicted: list[int], value: float) -> None
     assert set(evaluation.overlap_metrics(predicted, [0, 0]).values()) == {value}
 
 
+def test_overlap_of_a_full_mask() -> None:
+    found = evaluation.overlap_metrics([1, 1, 1, 1], [1, 1, 0, 0])
+    assert found["mcc"] == 0 and found["precision"] == 0.5 and found["recall"] == 1
+    assert set(evaluation.overlap_metrics([1, 1], [1, 1]).values()) == {1.0}
+
+
 def test_overlap_of_other_shapes_is_refused() -> None:
     with pytest.raises(ParameterError, match=r"\(2,\) and \(3,\)"):
         evaluation.overlap_metrics([0, 1], [0, 1, 1])

@@ -96,6 +96,48 @@ def test_any_spacing(spacing: tuple[float, float, float]) -> None:
     assert min(sides.values()) > 0.95
 
 
+@pytest.fixture(scope="module")
+def small() -> Phantom:
+    return make_phantom(draw_patient(3, 0.05), (114, 130, 130), 3.0)
+
+
+@pytest.mark.parametrize("face", ["back", "front", "left", "right", "head", "feet"])
+def test_a_scan_that_cuts_the_lungs(small: Phantom, face: str) -> None:
+    axis = {"back": 1, "front": 1, "left": 2, "right": 2, "head": 0, "feet": 0}[face]
+    places = np.nonzero(array(small.lungs))[axis]
+    cut = slice(None, int(places.max()) - 2)
+    if face in ("front", "right", "feet"):
+        cut = slice(int(places.min()) + 3, None)
+    box = tuple(cut if axis == 2 - k else slice(None) for k in range(3))
+    sides = by_side(array(segment_lungs(small.image[box])), array(small.lungs[box]))
+    assert min(sides.values()) > 0.97
+
+
+@pytest.mark.parametrize("kind", [sitk.sitkFloat32, sitk.sitkInt32, sitk.sitkFloat64])
+def test_pixel_type_does_not_matter(small: Phantom, kind: int) -> None:
+    metal = sitk.Cast(small.image, sitk.sitkInt32) + 60_000 * (small.image == 1000)
+    mask = segment_lungs(sitk.Cast(metal, kind))
+    assert np.array_equal(array(mask), array(segment_lungs(small.image)))
+
+
+def test_sizes_that_are_no_whole_blocks_are_labelled_to_the_last_voxel() -> None:
+    made = make_phantom(draw_patient(3, 0.05), (171, 195, 197), 1.9, device="cpu")
+    fine = sitk.Expand(made.lungs, (2, 2, 2), sitk.sitkNearestNeighbor)[1:, 1:, 1:]
+    image = sitk.Expand(made.image, (2, 2, 2), sitk.sitkNearestNeighbor)[1:, 1:, 1:]
+    mask = array(segment_lungs(image, lambda _: fine > 0))
+    assert np.array_equal(mask > 0, array(fine) > 0)
+
+
+def test_one_small_lung_is_enough() -> None:
+    distance = np.linalg.norm(
+        np.indices((60, 60, 60)) - np.array([[[[30]]], [[[30]]], [[[20]]]]), axis=0
+    )
+    image = sitk.GetImageFromArray(np.where(distance < 12, -850, 40).astype(np.int16))
+    image.SetSpacing((3.0, 3.0, 3.0))
+    mask = array(segment_lungs(image))
+    assert (mask[distance < 11] == RIGHT).all() and not mask[distance > 14].any()
+
+
 def test_emptier_lungs_and_more_noise() -> None:
     made = scan(26, burden=0.0, parenchyma=-930.0, noise=90.0)
     assert min(by_side(array(segment_lungs(made.image)), array(made.lungs)).values()) > 0.97
@@ -115,6 +157,18 @@ def test_released_is_the_plain_algorithm_voxel_by_voxel(burden: float) -> None:
     assert np.array_equal(released.refine(volume, start, n_jobs=1), expected)
     assert np.array_equal(array(segment_lungs(slab.image, "released")) > 0, expected)
     assert not np.array_equal(expected, start)
+
+
+def test_regions_of_a_slice_are_right_for_odd_and_even_sizes() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(60):
+        noise = ndimage.gaussian_filter(rng.normal(size=rng.integers(3, 50, 2)), 1)
+        labels, (expected, count) = (
+            released._regions(noise > 0),
+            ndimage.label(noise > 0, np.ones((3, 3))),
+        )
+        pairs = {*zip(labels.ravel().tolist(), expected.ravel().tolist(), strict=True)}
+        assert len(pairs) == len({a for a, _ in pairs}) == count + bool((noise <= 0).any())
 
 
 def test_methods_at_other_spacings_go_through_one_mm() -> None:

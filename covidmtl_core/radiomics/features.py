@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
+from covidmtl_core.ct import same_grid
 from covidmtl_core.errors import DataError, MissingDependencyError
 from covidmtl_core.radiomics.names import FEATURE_NAMES, WAVELET_GLCM
 
@@ -40,10 +41,14 @@ def extract_features(image: sitk.Image, mask: sitk.Image) -> pd.Series:
             "Extracting features needs pyradiomics: pip install --no-build-isolation "
             "pyradiomics==3.0.1 (with numpy and setuptools installed)."
         ) from error
-    if mask.GetSize() != image.GetSize():
-        raise DataError(f"The mask has {mask.GetSize()} voxels, the image {image.GetSize()}.")
+    if not same_grid(mask, image):
+        raise DataError(
+            f"The mask, of {mask.GetSize()} voxels, is not in the grid of the image, of "
+            f"{image.GetSize()} voxels: resample it first."
+        )
     inside = sitk.GetArrayViewFromImage(mask) > 0
-    lungs = np.clip(sitk.GetArrayViewFromImage(image).astype(np.int32) + 1024, 0, None) * inside
+    whole = np.rint(sitk.GetArrayViewFromImage(image)).astype(np.int32)
+    lungs = np.clip(whole + 1024, 0, 32_767) * inside
     if not lungs.any():
         raise DataError("The mask holds no lung voxel above -1024 HU.")
     volume = sitk.GetImageFromArray(_cropped(lungs).astype(np.int16))
