@@ -97,17 +97,17 @@ def _refine_slice(image: NDArray[np.int16], plane: Mask) -> Mask:
     labels = _regions(grown)
     refined = np.zeros_like(plane)
     for label in _by_area(labels)[:2]:
-        refined |= closed(_eroded(labels == label, 2), 10)
+        lung = labels == label
+        box = _around(lung, 12)
+        refined[box] |= closed(_eroded(lung[box], 2), 10)
     return refined
 
 
 def closed(mask: Mask, radius: float) -> Mask:
     """Closing with a disk, by distance transforms; beyond the border lies nothing."""
-    box = _bounds(mask)
-    if box is None:
+    if not mask.any():
         return mask.copy()
-    reach = int(radius) + 1
-    box = tuple(slice(max(0, s.start - reach), s.stop + reach) for s in box)
+    box = _around(mask, int(radius) + 1)
     result = np.zeros_like(mask)
     dilated = edt.edtsq(~mask[box]) <= radius * radius
     result[box] = _eroded(dilated, radius)
@@ -138,9 +138,15 @@ def _bounds(mask: Mask) -> tuple[slice, ...] | None:
     return tuple(box)
 
 
+def _around(mask: Mask, margin: int) -> tuple[slice, ...]:
+    """The smallest box that holds the mask, wider by a margin; everything if it is empty."""
+    box = _bounds(mask) or tuple(slice(0, n) for n in mask.shape)
+    return tuple(slice(max(0, s.start - margin), s.stop + margin) for s in box)
+
+
 def _by_area(labels: NDArray[np.integer]) -> NDArray[np.intp]:
     """Labels from the largest region to the smallest; of equals, the one that starts first."""
-    counts = cc3d.statistics(labels, no_slice_conversion=True)["voxel_counts"].astype(np.int64)
+    counts = np.bincount(labels.ravel())
     counts[0] = 0
     order = np.argsort(-counts, kind="stable")[: int((counts > 0).sum())]
     if len(order) > 1 and counts[order[0]] == counts[order[1]]:
@@ -174,10 +180,7 @@ def _edges(image: NDArray[np.int16], lung: Mask) -> NDArray[np.float64]:
     the pull tiny.
     """
     coefficients = np.zeros(lung.shape)
-    box = _bounds(lung)
-    if box is None:
-        return coefficients
-    box = tuple(slice(max(0, s.start - 16), s.stop + 16) for s in box)
+    box = _around(lung, 16)
     scaled = (2.0 * (image[box] * lung[box]) + 1) / 65_535
     coefficients[box] = ndimage.spline_filter(sobel(scaled), order=2, mode="mirror")
     return coefficients

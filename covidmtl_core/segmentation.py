@@ -79,16 +79,16 @@ def segment_lungs(
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
         raise ParameterError(f"The image has {image.GetDimension()} dimensions; 3 are needed.")
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
-    upright = sitk.DICOMOrient(image, "LPS")
+    upright = image if code == "LPS" else sitk.DICOMOrient(image, "LPS")
     spacing = upright.GetSpacing()[::-1]
     hu, inside = _whole_blocks(_as_hu(sitk.GetArrayFromImage(upright)), _factors(spacing))
     if callable(method):
-        labels = _sided(_checked_mask(method(image), image), hu, spacing, inside)
+        labels = _sided(_checked_mask(method(image), image), hu, spacing)
     elif method == "refined":
         labels = _refined(hu, spacing)[inside]
     else:
         lungs = _at_one_mm(hu[inside], spacing, method, n_jobs)
-        labels = _sided(lungs, hu, spacing, inside)
+        labels = _sided(lungs, hu, spacing)
     if not labels.any():
         name = getattr(method, "__name__", method)
         raise DataError(
@@ -97,7 +97,7 @@ def segment_lungs(
         )
     mask = sitk.GetImageFromArray(labels)
     mask.CopyInformation(upright)
-    mask = sitk.DICOMOrient(mask, code)
+    mask = mask if code == "LPS" else sitk.DICOMOrient(mask, code)
     mask.CopyInformation(image)
     return mask
 
@@ -151,26 +151,30 @@ def _at_one_mm(hu: NDArray[Any], spacing: Sequence[float], method: str, n_jobs: 
 # --- right and left -----------------------------------------------------------------------------
 
 
-def _sided(
-    mask: NDArray[Any], hu: NDArray[Any], spacing: Sequence[float], inside: tuple[slice, ...]
-) -> NDArray[np.uint8]:
+def _sided(mask: NDArray[Any], hu: NDArray[Any], spacing: Sequence[float]) -> NDArray[np.uint8]:
     """Labels of a mask; right and left are told apart unless both are there."""
     if (mask == LEFT).any():
         return mask.astype(np.uint8)
     factors = _factors(spacing)
-    whole: Mask = np.zeros(hu.shape, bool)
-    whole[inside] = mask > 0
+    labels = np.zeros(mask.shape, np.uint8)
+    box = _bounds(mask, 0.0, spacing)
+    if box is None:
+        return labels
     every = tuple(slice(f // 2, None, f) for f in factors)
-    small, step = whole[every], _multiplied(spacing, factors)
-    middle = _middle(hu[every], step)
-    column = np.arange(whole.shape[2]) // factors[2]
-    labels = np.where(column < middle, RIGHT, LEFT).astype(np.uint8) * whole
-    box = _bounds(small, max(step), step)
-    if box is not None:
-        right = _enlarged(_nearer_right(small[box], step, middle - box[2].start), factors)
-        place = tuple(slice(s.start * f, s.stop * f) for s, f in zip(box, factors, strict=True))
-        labels[place] = np.where(right, RIGHT, LEFT) * whole[place]
-    return labels[inside]
+    step = _multiplied(spacing, factors)
+    blocks = tuple(slice(s.start // f, -(-s.stop // f)) for s, f in zip(box, factors, strict=True))
+    whole = np.zeros([(s.stop - s.start) * f for s, f in zip(blocks, factors, strict=True)], bool)
+    place = tuple(
+        slice(s.start * f, min(n, s.stop * f))
+        for s, f, n in zip(blocks, factors, mask.shape, strict=True)
+    )
+    known = mask[place] > 0
+    inner = tuple(slice(n) for n in known.shape)
+    whole[inner] = known
+    right = _nearer_right(whole[every], step, _middle(hu[every], step) - blocks[2].start)
+    side = _enlarged(np.where(right, RIGHT, LEFT).astype(np.uint8), factors)
+    labels[place] = side[inner] * known
+    return labels
 
 
 def _middle(hu: NDArray[Any], step: Sequence[float]) -> float:
@@ -194,6 +198,8 @@ def _nearer_right(lungs: Mask, spacing: Sequence[float], middle: float) -> Mask:
     Lungs that touch are eroded until two large parts come apart, one on each side of the middle.
     """
     depth = None
+    if not lungs.any():  # thinner than the working grid
+        return np.broadcast_to(np.arange(lungs.shape[2]) < middle, lungs.shape)
     for radius in (0, 1.5, 3, 5, 8, 12):
         if radius and depth is None:
             depth = edt.edt(lungs, anisotropy=tuple(spacing), parallel=0)
