@@ -86,7 +86,7 @@ def cohort() -> pd.DataFrame:
 
 def features() -> pd.DataFrame:
     """Counterpart of `cohort.load_features`, measured on the scans of `cohort`."""
-    return _measured()[list(FEATURE_NAMES)].copy()
+    return _measured()[list(FEATURE_NAMES)].astype(float)
 
 
 def geometry() -> pd.DataFrame:
@@ -100,7 +100,7 @@ def geometry() -> pd.DataFrame:
 @cache
 def _measured() -> pd.DataFrame:
     with resources.as_file(resources.files("covidmtl_core.data_manifest") / TABLE) as path:
-        return pd.read_csv(path, index_col="patient_id", float_precision="round_trip")
+        return pd.read_csv(path, index_col="patient_id")
 
 
 def patient(patient_id: int) -> "Patient":
