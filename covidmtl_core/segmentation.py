@@ -81,7 +81,7 @@ def segment_lungs(
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     upright = image if code == "LPS" else sitk.DICOMOrient(image, "LPS")
     spacing = upright.GetSpacing()[::-1]
-    hu, inside = _whole_blocks(_as_hu(sitk.GetArrayFromImage(upright)), _factors(spacing))
+    hu, inside = _whole_blocks(_as_hu(sitk.GetArrayViewFromImage(upright)), _factors(spacing))
     if callable(method):
         labels = _sided(_checked_mask(method(image), image), hu, spacing)
     elif method == "refined":
@@ -105,7 +105,7 @@ def segment_lungs(
 def _as_hu(voxels: NDArray[Any]) -> NDArray[Any]:
     """HU from -1024 on, as int16 where they are whole numbers, else as float32."""
     if voxels.dtype == np.int16:
-        return np.maximum(voxels, np.int16(-1024))
+        return voxels if voxels.min() >= -1024 else np.maximum(voxels, np.int16(-1024))
     kept = np.clip(voxels.astype(np.float32), -1024, 32_767)
     return kept.astype(np.int16) if voxels.dtype.kind in "iu" else kept
 
@@ -135,7 +135,8 @@ def _checked_mask(mask: sitk.Image, image: sitk.Image) -> NDArray[Any]:
 def _at_one_mm(hu: NDArray[Any], spacing: Sequence[float], method: str, n_jobs: int | None) -> Mask:
     """The authors' pipeline: HU + 1024 at 1 mm by cubic splines, there segmented, and back."""
     whole = hu if hu.dtype == np.int16 else np.rint(hu).astype(np.int16)
-    volume = np.clip(whole, -1024, 3071) + np.int16(1024)
+    volume = np.minimum(whole, np.int16(3071))
+    volume += np.int16(1024)
     shape = volume.shape
     if not np.allclose(spacing, 1, atol=1e-4):
         scale = np.round(np.multiply(shape, spacing)) / shape
