@@ -25,6 +25,8 @@ SIZE = (340, 390, 390)
 
 _SLAB = 20
 
+_REACH_MM = 300.0
+
 
 @dataclass(frozen=True)
 class Patient:
@@ -119,8 +121,8 @@ def make_phantom(
 ) -> Phantom:
     """Scan a patient.
 
-    The same patient has the same body at any voxel spacing. Lesions, as shares of the lungs, and
-    noise are drawn for each grid; noise differs between devices too.
+    The same patient has the same body and lesions on any grid; noise is drawn for each grid and
+    device.
 
     Args:
         patient: From `draw_patient`.
@@ -474,28 +476,25 @@ class _Body:
 class _Field:
     """Smooth random numbers of a given correlation length, cheap to evaluate on planes of a grid.
 
-    Knots of a uniform cubic B-spline in the field of view, interpolated axis by axis with matrix
-    products.
+    Knots of a uniform cubic B-spline, interpolated axis by axis with matrix products. They lie
+    around the centre of the scan, so that every grid sees the same numbers; beyond `_REACH_MM`
+    from it there are none.
     """
 
     def __init__(self, body: _Body, knots_mm: float, sd: float):
-        extent = [float(axis[-1] - axis[0]) for axis in body.axes]
-        self.start = [float(axis[0]) for axis in body.axes]
-        self.step = knots_mm
-        counts = [int(length / knots_mm) + 5 for length in extent]
+        self.step, self.device = knots_mm, body.device
+        count = 2 * int(_REACH_MM / knots_mm) + 1
         host = torch.Generator().manual_seed(body.patient.seed * 31 + int(knots_mm))
-        knots = torch.randn(counts, generator=host).to(body.device)
+        knots = torch.randn((count,) * 3, generator=host).to(body.device)
         # Mean square of the spline weights at a random place, per axis: 151/315.
         self.knots = knots * (sd / (151 / 315) ** 1.5)
-        self.weights = [
-            self._weights(axis, n, s)
-            for axis, n, s in zip(body.axes, counts, self.start, strict=True)
-        ]
+        self.weights = [self._weights(axis) for axis in body.axes]
 
-    def _weights(self, places: Tensor, count: int, start: float) -> Tensor:
+    def _weights(self, places: Tensor) -> Tensor:
         """(places, knots) values of the cubic B-splines."""
-        centres = torch.arange(count, device=places.device) - 1.5
-        t = ((places[:, None] - start) / self.step - centres).abs()
+        half = len(self.knots) // 2
+        centres = torch.arange(-half, half + 1, device=self.device)
+        t = (places[:, None] / self.step - centres).abs()
         return torch.where(t < 1, 2 / 3 - t**2 + t**3 / 2, (2 - t).clamp(min=0) ** 3 / 6)
 
     def __call__(self, rows: slice) -> Tensor:
@@ -506,12 +505,9 @@ class _Field:
 
     def at(self, points: NDArray[Any]) -> Tensor:
         """The field at points in mm, (n, 3)."""
-        device = self.knots.device
         w = [
-            self._weights(
-                torch.tensor(points[:, k], dtype=torch.float32, device=device), n, self.start[k]
-            )
-            for k, n in enumerate(self.knots.shape)
+            self._weights(torch.tensor(points[:, k], dtype=torch.float32, device=self.device))
+            for k in range(3)
         ]
         out = []
         for part in range(0, len(points), 2000):
