@@ -1,7 +1,7 @@
 """The phantom tier: a seeded cohort of synthetic scans with the labels' structure of the real one.
 
 Its features were measured on phantom scans, each written as a DICOM series, read, segmented and
-put through pyradiomics; they lie beside the registry as `phantom_features.csv.xz` and are made
+put through the extractor; they lie beside the registry as `phantom_features.csv.xz` and are made
 again by `make phantoms`. No result on them says anything about COVID-19.
 """
 
@@ -130,7 +130,7 @@ def measure(patient_id: int) -> pd.Series:
     lungs = sitk.GetArrayViewFromImage(mask) > 0
     areas = lungs.sum(axis=(1, 2))
     slices = np.flatnonzero(areas)
-    row = extract_features(image, mask)
+    row = extract_features(image, mask, n_jobs=1)
     row["first_slice"], row["last_slice"] = slices[[0, -1]] * SCAN_MM
     row["max_slice_area"] = areas.max() * SCAN_MM**2
     row["minimum"], row["maximum"] = 0, row["Maximum"]

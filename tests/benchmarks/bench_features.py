@@ -1,0 +1,108 @@
+"""Speed and memory of the 375 features against pyradiomics run as the authors ran it.
+
+Run: python tests/benchmarks/bench_features.py [rounds]. Both in one process, rounds interleaved,
+medians, after one uncounted call of `fast` that compiles it. The phantom has about 4 million lung
+voxels at 1 mm. The figures go to book/recorded, where the chapter on features shows them.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+
+from covidmtl_core import book
+from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
+from covidmtl_core.radiomics.features import extract_features
+from covidmtl_core.radiomics.names import WAVELET_GLCM
+
+
+def scan() -> Phantom:
+    return make_phantom(draw_patient(10, burden=0.2))
+
+
+def as_released(image: sitk.Image, mask: sitk.Image) -> dict[str, float]:
+    """Three runs over the whole masked volume: the image, then each wavelet family alone."""
+    from radiomics.featureextractor import RadiomicsFeatureExtractor
+
+    values = (sitk.GetArrayFromImage(image) + 1024) * (sitk.GetArrayFromImage(mask) > 0)
+    volume = sitk.GetImageFromArray(values.astype(np.int16))
+    inside = sitk.Cast(volume > 0, sitk.sitkUInt8)
+    found: dict[str, float] = {}
+    for families in (("firstorder", "glcm", "glrlm", "glszm"), ("glcm",), ("glrlm",)):
+        extractor = RadiomicsFeatureExtractor(binWidth=25)
+        if len(families) == 1:
+            extractor.disableAllImageTypes()
+            extractor.enableImageTypeByName("Wavelet", customArgs={"wavelet": "coif1"})
+        extractor.disableAllFeatures()
+        wanted = list(WAVELET_GLCM) if families == ("glcm",) else []
+        extractor.enableFeaturesByName(**dict.fromkeys(families, wanted))
+        found |= extractor.execute(volume, inside)
+    return {k.replace("original_", ""): float(v) for k, v in found.items() if "diag" not in k}
+
+
+def peak_gib(made: Phantom) -> float:
+    """Largest memory of a fresh process that reads the scan and runs `fast`, GiB."""
+    code = (
+        "import resource, sys; import SimpleITK as sitk\n"
+        "from covidmtl_core.radiomics.features import extract_features\n"
+        "extract_features(*map(sitk.ReadImage, sys.argv[1:]))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/image.mha", f"{folder}/mask.mha"]
+        for path, image in zip(paths, (made.image, made.lungs), strict=True):
+            sitk.WriteImage(image, path)
+        command = [sys.executable, "-c", code, *paths]
+        return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def main(rounds: int) -> None:
+    made = scan()
+    peak = peak_gib(made)
+    extract_features(made.image, made.lungs)
+    times: dict[str, list[float]] = {"released": [], "cropped": [], "fast": []}
+    for _ in range(rounds):
+        start = time.perf_counter()
+        reference = as_released(made.image, made.lungs)
+        times["released"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        extract_features(made.image, made.lungs, "pyradiomics")
+        times["cropped"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        fast = extract_features(made.image, made.lungs)
+        times["fast"].append(time.perf_counter() - start)
+    median = {name: statistics.median(found) for name, found in times.items()}
+    wavelets = fast[fast.index.str.contains("_gl")]
+    released = pd.Series({name: reference[f"wavelet-{name}"] for name in wavelets.index})
+    figures = {
+        "voxels": made.image.GetSize()[::-1],
+        "lung voxels": int((sitk.GetArrayViewFromImage(made.lungs) > 0).sum()),
+        "seconds": {name: round(value, 2) for name, value in median.items()},
+        "fast against released": round(median["released"] / median["fast"], 1),
+        "peak memory of fast, GiB": round(peak, 2),
+        "largest relative difference of a wavelet feature": float(
+            f"{((wavelets - released) / released).abs().max():.1e}"
+        ),
+        "rounds": rounds,
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "versions": {n: metadata.version(n) for n in ("numba", "numpy", "pyradiomics")},
+        "commit": book.commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    target = Path(__file__).parents[2] / "book" / "recorded" / "features_speed.json"
+    target.write_text(json.dumps(figures, indent=2) + "\n")
+    print(target.read_text())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
