@@ -1,4 +1,4 @@
-"""The command line: `covidmtl fetch` and `covidmtl claims diff`."""
+"""The command line: `covidmtl fetch`, `check`, `preprocess` and `claims diff`."""
 
 import sys
 from pathlib import Path
@@ -46,6 +46,44 @@ def fetch_command(
     print(f"Cache folder: {fetch.cache_folder()}")
     if failed:
         raise CovidMTLError("\n".join(failed))
+
+
+@app.command("check")
+def check_command(
+    folder: Annotated[Path, typer.Argument(help="labels.csv and scans, or 'Patient N.zip' files.")],
+    quick: Annotated[bool, typer.Option("--quick", help="Do not read the scans.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Scans read at once.")] = None,
+) -> None:
+    """List every problem of a folder of scans; exit status 1 if one is an error."""
+    from covidmtl_core import data_folder
+
+    problems = data_folder.check(folder, not quick, jobs, progress=sys.stderr.isatty())
+    for level, where, problem in problems.itertuples(index=False):
+        print(f"{level}: {where}: {problem}")
+    errors = int((problems["level"] == "error").sum())
+    print(f"{errors} errors, {len(problems) - errors} warnings.")
+    if errors:
+        raise typer.Exit(1)
+
+
+@app.command("preprocess")
+def preprocess_command(
+    source: Annotated[Path, typer.Argument(help="As for `covidmtl check`.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write; a second run resumes it.")],
+    spacing: Annotated[float, typer.Option(help="Size of the voxels in mm.")] = 1.0,
+    method: Annotated[str, typer.Option(help="classical, released or refined.")] = "refined",
+    jobs: Annotated[int | None, typer.Option(min=1, help="Scans worked on at once.")] = None,
+) -> None:
+    """Make scans ready: lungs, cropped volumes, features, quality pages."""
+    from covidmtl_core import preprocessing
+
+    scans = preprocessing.preprocess(source, target, spacing, method, jobs, progress=True)
+    failed = scans.index[scans["state"] == "failed"]
+    print(f"{len(scans) - len(failed)} scans ready in {target}; look at {target / 'quality.html'}.")
+    if len(failed):
+        print(f"{len(failed)} failed, reasons in scans.csv: {', '.join(map(str, failed))}.")
+    if len(failed) == len(scans):
+        raise typer.Exit(1)
 
 
 @claims_app.command("diff")

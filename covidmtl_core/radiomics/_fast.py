@@ -32,6 +32,7 @@ DIRECTIONS = np.array(
 """The 13 directions to neighbours, (z, y, x)."""
 
 
+@np.errstate(divide="ignore", invalid="ignore")
 def extract(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = None) -> Features:
     """All features, by released name.
 
@@ -45,15 +46,15 @@ def extract(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = No
     inside = np.ascontiguousarray(inside[box])
     with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
         meeting = [d for d in DIRECTIONS if _meets_twice(inside, d)]
-        image = _discretised(volume[box], inside, bin_width, pool)
-        shares = np.bincount(image.ravel())[1:]
-        found = _first_order(volume[box][inside], shares[shares > 0] / shares.sum())
-        pairs, runs, levels = _counted(image, pool)
+        image, levels = _discretised(volume[box], inside, bin_width, pool)
+        counts = np.bincount(image.ravel())[1:]
+        found = _first_order(volume[box][inside], counts / counts.sum())
+        pairs, runs = _counted(image, len(levels), pool)
         found |= _of_pairs(pairs, levels) | _of_runs(runs, levels, meeting)
         found |= _of_zones(image[1:-1, 1:-1, 1:-1], levels)
         for band, values in _sub_bands(volume, pool):
-            image = _discretised(values[box], inside, bin_width, pool)
-            pairs, runs, levels = _counted(image, pool)
+            image, levels = _discretised(values[box], inside, bin_width, pool)
+            pairs, runs = _counted(image, len(levels), pool)
             textures = _of_pairs(pairs, levels, with_mcc=False)
             found |= {f"{band}_glcm_{name}": value for name, value in textures.items()}
             textures = _of_runs(runs, levels, meeting)
@@ -87,33 +88,46 @@ def _sub_bands(volume: Values, pool: ThreadPoolExecutor) -> Iterator[tuple[str, 
 
 def _discretised(
     values: Values, inside: Mask, bin_width: float, pool: ThreadPoolExecutor
-) -> NDArray[np.uint16]:
-    """Grey levels with a border of 0; bins start at a multiple of their width."""
+) -> tuple[NDArray[np.uint16], Values]:
+    """Numbers 1, 2, ... of the grey levels that occur, with a border of 0; and these levels.
+
+    Bins start at a multiple of their width.
+    """
     ranges = _planewise(pool, _kernels.value_range, len(values), values, inside)
     low, high = min(r[0] for r in ranges), max(r[1] for r in ranges)
     edges = np.arange(low - low % bin_width, high + 2 * bin_width, bin_width)
-    levels = np.zeros(np.add(values.shape, 2), np.uint16)
-    _planewise(pool, _kernels.discretise, len(values), values, inside, edges, levels)
-    return levels
+    image = np.zeros(np.add(values.shape, 2), np.uint16)
+    seen = np.zeros(len(edges) + 1, bool)
+    _planewise(pool, _kernels.discretise, len(values), values, inside, edges, image, seen)
+    levels = np.flatnonzero(seen)
+    if len(levels) < levels[-1]:
+        numbers = np.zeros(len(seen), np.uint16)
+        numbers[levels] = np.arange(1, len(levels) + 1)
+        image = numbers[image]
+    return image, levels
 
 
-def _counted(image: NDArray[np.uint16], pool: ThreadPoolExecutor) -> tuple[Values, Values, Values]:
-    """Neighbours (levels, levels, 13), runs (levels, lengths, 13), and the levels that occur."""
+def _counted(
+    image: NDArray[np.uint16], n_levels: int, pool: ThreadPoolExecutor
+) -> tuple[Values, Values]:
+    """Neighbours (levels, levels, 13) and runs (levels, lengths, 13)."""
     steps = DIRECTIONS @ np.array([n // image.itemsize for n in image.strides])
-    count, longest = int(image.max()), max(image.shape) - 2
+    longest = max(image.shape) - 2
 
-    def part(cut: tuple[int, int]) -> tuple[Values, Values, Values]:
-        pairs = np.zeros((len(steps), count, count), np.uint32)
-        runs = np.zeros((len(steps), count, longest), np.uint32)
-        seen = np.zeros(count, bool)
-        _kernels.count_pairs_and_runs(image, steps, pairs, runs, seen, *cut)
-        return pairs, runs, seen
+    def part(cut: tuple[int, int]) -> tuple[Values, Values]:
+        pairs = np.zeros((len(steps), n_levels, n_levels), np.uint32)
+        runs = np.zeros((len(steps), n_levels, longest), np.uint32)
+        _kernels.count_pairs_and_runs(image, steps, pairs, runs, *cut)
+        return pairs, runs
 
-    totals: tuple[Values, ...] = ()
-    for found in pool.map(part, _cuts(len(image) - 2)):
-        totals = tuple(map(np.add, totals, found)) if totals else found
-    pairs, runs = (np.ascontiguousarray(t.transpose(1, 2, 0), dtype=float) for t in totals[:2])
-    return pairs, runs, np.flatnonzero(totals[2]) + 1
+    (pairs, runs), *others = pool.map(part, _cuts(len(image) - 2))
+    for more_pairs, more_runs in others:
+        pairs += more_pairs
+        runs += more_runs
+    return (
+        np.ascontiguousarray(pairs.transpose(1, 2, 0), dtype=float),
+        np.ascontiguousarray(runs.transpose(1, 2, 0), dtype=float),
+    )
 
 
 def _planewise(
@@ -190,8 +204,7 @@ def _of_pairs(counts: Values, levels: Values, with_mcc: bool = True) -> Features
         levels: The grey levels that occur.
         with_mcc: Whether the maximal correlation coefficient is wanted, which takes longest.
     """
-    n_levels = len(counts)
-    counts = counts[np.ix_(levels - 1, levels - 1)]
+    n_levels = int(levels[-1])
     counts = counts + counts.transpose(1, 0, 2)
     counts = counts[:, :, counts.any(axis=(0, 1))]
     if not counts.size:
@@ -237,7 +250,12 @@ def _of_pairs(counts: Values, levels: Values, with_mcc: bool = True) -> Features
     }
     if with_mcc:
         found["MCC"] = _maximal_correlation(p, px[:, 0], py[0])
-    return {name: float(np.nanmean(value)) for name, value in found.items()}
+    return {name: _mean_of_defined(value) for name, value in found.items()}
+
+
+def _mean_of_defined(values: Values) -> float:
+    defined = values[~np.isnan(values)]
+    return float(defined.mean()) if defined.size else np.nan
 
 
 def _diagonals(p: Values, levels: Values, n_levels: int) -> tuple[Values, Values]:
@@ -254,11 +272,12 @@ def _maximal_correlation(p: Values, px: Values, py: Values) -> Values:
     """Root of the second largest eigenvalue of Q, for each direction."""
     if len(p) < 2:
         return np.ones(1)
-    q = [
-        (p[..., a] / (np.outer(px[:, a], py[:, a]) + EPSILON)) @ p[..., a].T
-        for a in range(p.shape[2])
-    ]
-    values: Values = np.sqrt(np.sort(np.linalg.eigvals(np.array(q)))[:, -2])
+    # Added up level by level, as pyradiomics does: where the eigenvalue is 0, rounding decides
+    # whether its root is NaN.
+    q = np.zeros_like(p)
+    for k in range(len(p)):
+        q += p[:, None, k] * p[None, :, k] / (px[:, None] * py[None, k] + EPSILON)
+    values: Values = np.sqrt(np.sort(np.linalg.eigvals(q.transpose(2, 0, 1)))[:, -2])
     return values.real
 
 
@@ -273,7 +292,7 @@ def _of_runs(counts: Values, levels: Values, meeting: list[Values]) -> Features:
     if not meeting:
         return dict.fromkeys(GLRLM, np.nan)
     kept = (DIRECTIONS[:, None] == meeting).all(axis=2).any(axis=1)
-    counts = counts[levels - 1][:, :, kept]
+    counts = counts[:, :, kept]
     lengths = np.flatnonzero(counts.any(axis=(0, 2)))
     counts = counts[:, lengths]
     found = _of_sizes(counts, levels.astype(float), lengths + 1.0, _RUN_WORDS)
@@ -287,7 +306,7 @@ def _of_zones(volume: NDArray[np.uint16], levels: Values) -> Features:
     level = np.zeros(len(sizes) + 1, np.uint16)
     level[labels.ravel()] = volume.ravel()
     areas, column = np.unique(sizes, return_inverse=True)
-    cell = np.searchsorted(levels, level[1:]) * len(areas) + column
+    cell = (level[1:].astype(int) - 1) * len(areas) + column
     counts = np.bincount(cell, minlength=len(levels) * len(areas))
     counts = counts.reshape(len(levels), len(areas), 1)
     found = _of_sizes(counts, levels.astype(float), areas.astype(float), _ZONE_WORDS)

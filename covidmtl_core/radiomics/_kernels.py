@@ -126,10 +126,11 @@ def discretise(
     inside: NDArray[np.bool_],
     edges: NDArray[np.float64],
     levels: NDArray[np.uint16],
+    seen: NDArray[np.bool_],
     start: int,
     stop: int,
 ) -> None:
-    """Grey levels 1, 2, ... of half-open bins; `levels` has a border of one voxel of 0."""
+    """Grey levels 1, 2, ... of half-open bins, and which are `seen`; a border of 0 stays."""
     width = edges[1] - edges[0]
     for z in range(start, stop):
         for y in range(values.shape[1]):
@@ -142,8 +143,7 @@ def discretise(
                     while value >= edges[k + 1]:
                         k += 1
                     levels[z + 1, y + 1, x + 1] = k + 1
-                else:
-                    levels[z + 1, y + 1, x + 1] = 0
+                    seen[k + 1] = True
 
 
 @njit(nogil=True, cache=True)
@@ -152,7 +152,6 @@ def count_pairs_and_runs(
     steps: NDArray[np.int64],
     pairs: NDArray[np.uint32],
     runs: NDArray[np.uint32],
-    seen: NDArray[np.bool_],
     start: int,
     stop: int,
 ) -> None:
@@ -163,7 +162,6 @@ def count_pairs_and_runs(
         steps: For each direction, how far the next voxel lies in the flat array.
         pairs: (directions, levels, levels); of a voxel and the next one.
         runs: (directions, levels, lengths).
-        seen: Whether a level occurs.
         start: First plane inside the border.
         stop: Plane behind the last one.
     """
@@ -176,7 +174,6 @@ def count_pairs_and_runs(
                 level = flat[i]
                 if level == 0:
                     continue
-                seen[level - 1] = True
                 for k in range(len(steps)):
                     step = steps[k]
                     following = flat[i + step]

@@ -1,6 +1,7 @@
 """The 375 lung features of section 4.1."""
 
 import logging
+import warnings
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ BACKENDS = ("fast", "pyradiomics")
 
 BIN_WIDTH = 25
 WAVELET = "coif1"
+
+HIGHEST = 32_700
+"""HU + 1024, above which nothing is told apart; pyradiomics' bins overflow a little higher."""
 
 _MARGIN = 4
 """Voxels around the lungs; the wavelet reaches three."""
@@ -41,10 +45,12 @@ def extract_features(
     Raises:
         DataError: The mask is empty, fills the image, lies on one line, or is in another grid.
         MissingDependencyError: The backend's package is not installed.
-        ParameterError: The backend is unknown.
+        ParameterError: The backend is unknown, or these are not 3D images of one number a voxel.
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ParameterError(f"backend is {backend!r}; it must be one of {', '.join(BACKENDS)}.")
+    if n_jobs is not None and (not isinstance(n_jobs, int) or n_jobs < 1):
+        raise ParameterError(f"n_jobs is {n_jobs!r}; give a number from 1, or None.")
     lungs = masked_lungs(image, mask)
     found = _by_pyradiomics(lungs) if backend == "pyradiomics" else _by_kernels(lungs, n_jobs)
     return pd.Series(found, dtype=float)[list(FEATURE_NAMES)]
@@ -56,17 +62,13 @@ def masked_lungs(image: sitk.Image, mask: sitk.Image) -> NDArray[np.int16]:
     Raises:
         DataError: As `extract_features`.
     """
-    if not same_grid(mask, image):
-        raise DataError(
-            f"The mask, of {mask.GetSize()} voxels, is not in the grid of the image, of "
-            f"{image.GetSize()} voxels: resample it first."
-        )
+    check_mask(image, mask)
     inside = sitk.GetArrayViewFromImage(mask) > 0
     box = _box(inside)
-    values = sitk.GetArrayViewFromImage(image)[box].astype(float) * inside[box]
+    values = np.where(inside[box], sitk.GetArrayViewFromImage(image)[box], 0).astype(float)
     if not np.isfinite(values).all():
         raise DataError("The image holds values inside the lungs that are not numbers.")
-    lungs = (np.clip(np.rint(values) + 1024, 0, 32_767) * inside[box]).astype(np.int16)
+    lungs = (np.clip(np.rint(values) + 1024, 0, HIGHEST) * inside[box]).astype(np.int16)
     if lungs.all():
         raise DataError("The mask fills the whole image; the wavelets need what lies around.")
     spans = [np.ptp(places) for places in np.nonzero(lungs)] if lungs.any() else []
@@ -79,14 +81,39 @@ def masked_lungs(image: sitk.Image, mask: sitk.Image) -> NDArray[np.int16]:
     return lungs
 
 
+def check_mask(image: sitk.Image, mask: sitk.Image) -> None:
+    """Refuse a mask that is empty or in another grid than the image.
+
+    Raises:
+        DataError: It is.
+        ParameterError: These are not two 3D images with one real number a voxel.
+    """
+    for name, given in (("image", image), ("mask", mask)):
+        if not isinstance(given, sitk.Image):
+            raise ParameterError(f"The {name} is a {type(given).__name__}, not a SimpleITK image.")
+        kind = given.GetPixelIDTypeAsString()
+        if given.GetDimension() != 3 or " of " in kind:  # labels, vectors, complex numbers
+            raise ParameterError(
+                f"The {name} has {given.GetDimension()} dimensions of type '{kind}'; three "
+                "dimensions with one number a voxel are needed."
+            )
+    if not same_grid(mask, image):
+        raise DataError(
+            f"The mask, of {mask.GetSize()} voxels, is not in the grid of the image, of "
+            f"{image.GetSize()} voxels: resample it first."
+        )
+    if not (sitk.GetArrayViewFromImage(mask) > 0).any():
+        raise DataError("The mask is empty: it holds no lung voxel.")
+
+
 def _box(inside: NDArray[np.bool_]) -> tuple[slice, ...]:
     """The lungs with a margin, odd where the whole is odd: the wavelets continue an odd axis."""
     box = []
     for axis, n in enumerate(inside.shape):
         others = tuple(k for k in range(3) if k != axis)
         places = np.flatnonzero(inside.any(axis=others))
-        start, stop = (places[0], places[-1] + 1) if len(places) else (0, n)
-        start, stop = max(0, int(start) - _MARGIN), min(n, int(stop) + _MARGIN)
+        start = max(0, int(places[0]) - _MARGIN)
+        stop = min(n, int(places[-1]) + 1 + _MARGIN)
         box.append(slice(start, stop + (n - (stop - start)) % 2 * (stop < n)))
     return tuple(box)
 
@@ -117,13 +144,14 @@ def _by_pyradiomics(lungs: NDArray[np.int16]) -> dict[str, float]:
     extractor.disableAllFeatures()
     for family in ("firstorder", "glcm", "glrlm", "glszm"):
         extractor.enableFeatureClassByName(family)
-    found = dict(extractor.execute(volume, inside))
     wavelets = RadiomicsFeatureExtractor(binWidth=BIN_WIDTH)
     wavelets.disableAllImageTypes()
     wavelets.enableImageTypeByName("Wavelet", customArgs={"wavelet": WAVELET})
     wavelets.disableAllFeatures()
     wavelets.enableFeaturesByName(glcm=list(WAVELET_GLCM), glrlm=[])
-    found |= wavelets.execute(volume, inside)
+    with warnings.catch_warnings():  # undefined textures: they come out as NaN
+        warnings.simplefilter("ignore")
+        found = {**extractor.execute(volume, inside), **wavelets.execute(volume, inside)}
     named = {
         name.removeprefix("wavelet-").removeprefix("original_"): float(value)
         for name, value in found.items()

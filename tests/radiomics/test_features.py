@@ -108,6 +108,7 @@ def test_no_border_changes_a_value(shape: tuple[int, int, int], place: str) -> N
         "apart",
         "on lines",
         "metal",
+        "rank one",
     ],
 )
 def test_extreme_textures_come_out_alike(case: str) -> None:
@@ -128,15 +129,15 @@ def test_extreme_textures_come_out_alike(case: str) -> None:
         case "on lines":
             inside[:] = False
             inside[1, 1, 1] = inside[1, 1, 9] = inside[7, 8, 5] = True
+        case "rank one":
+            voxels[3:5, 3:5, 3:5] = 800
         case "metal":
             voxels = np.random.default_rng(1).integers(1, 400, shape)
             voxels[4, 5:7, 6] = 31_000
     image, mask = scan_of(voxels, inside)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+        warnings.simplefilter("error", RuntimeWarning)
         expected = extract_features(image, mask, "pyradiomics")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
         found = extract_features(image, mask)
     assert_same(found, expected)
     assert found.isna().any() == (case in {"apart", "on lines"})
@@ -177,6 +178,16 @@ def test_what_cannot_be_measured_is_named(scan: Phantom) -> None:
         extract_features(scan.image, scan.lungs * 0)
     with pytest.raises(DataError, match="voxels"):
         extract_features(scan.image, scan.lungs[1:])
+    for image, mask in (
+        (scan.image[:, :, 3], scan.lungs[:, :, 3]),
+        (sitk.Compose(scan.image, scan.image), scan.lungs),
+        (scan.image, sitk.Cast(scan.lungs, sitk.sitkLabelUInt8)),
+        (scan.image, sitk.GetArrayFromImage(scan.lungs)),
+    ):
+        with pytest.raises(ParameterError, match=r"dimensions of type|not a SimpleITK image"):
+            extract_features(image, mask)
+    with pytest.raises(ParameterError, match="n_jobs is 0"):
+        extract_features(scan.image, scan.lungs, n_jobs=0)
     with pytest.raises(ParameterError, match=r"'slow'.*fast, pyradiomics"):
         extract_features(scan.image, scan.lungs, "slow")
     with pytest.raises(DataError, match="fills the whole image"):
@@ -188,6 +199,10 @@ def test_what_cannot_be_measured_is_named(scan: Phantom) -> None:
     with pytest.raises(DataError, match="one line"):
         extract_features(scan.image, mask)
     damaged = sitk.GetArrayFromImage(scan.image).astype(np.float32)
+    damaged[sitk.GetArrayFromImage(scan.lungs) == 0] = np.inf
+    image = sitk.GetImageFromArray(damaged)
+    image.CopyInformation(scan.image)
+    assert extract_features(image, scan.lungs).equals(extract_features(scan.image, scan.lungs))
     damaged[sitk.GetArrayFromImage(scan.lungs) > 0] = np.nan
     image = sitk.GetImageFromArray(damaged)
     image.CopyInformation(scan.image)

@@ -1,0 +1,260 @@
+"""A folder of scans made ready: lungs, cropped volumes, features and a quality page each.
+
+The target holds `settings.json`, a folder `scans/<patient_id>/` for each scan (`volume.nii.gz` in
+HU, `lungs.nii.gz`, `scan.json`, `quality.png`), and for all of them `scans.csv`, `features.csv` and
+`quality.html`. A scan's folder appears whole or not at all, so that a run may be killed at any
+time; the next one does what is missing.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+from filelock import FileLock, Timeout
+from joblib import Parallel, cpu_count, delayed
+
+from covidmtl_core import quality
+from covidmtl_core.claims import write_atomically
+from covidmtl_core.ct import read_ct, resample
+from covidmtl_core.data_folder import load_index
+from covidmtl_core.errors import CovidMTLError, DataError, ParameterError
+from covidmtl_core.radiomics.features import extract_features
+from covidmtl_core.segmentation import METHODS, segment_lungs
+
+MARGIN_MM = 10.0
+"""Around the lungs, in the cropped volumes."""
+
+GIB_A_SCAN = 3.0
+"""Memory that a scan at 1 mm takes while it is worked on."""
+
+
+@dataclass(frozen=True)
+class Preprocessed:
+    """A scan made ready.
+
+    Attributes:
+        volume: int16 HU, cropped to the lungs with a margin.
+        lungs: uint8, 1 right and 2 left lung, in the same grid.
+        features: The 375 features.
+        measures: Volumes in ml, HU inside the lungs, sizes in voxels and mm (see `quality`).
+    """
+
+    volume: sitk.Image
+    lungs: sitk.Image
+    features: pd.Series
+    measures: dict[str, Any]
+
+
+def preprocess_scan(
+    path: str | os.PathLike[str], spacing_mm: float = 1.0, method: str = "refined", n_jobs: int = 1
+) -> Preprocessed:
+    """Read a scan, resample it, find its lungs, crop it and measure its features.
+
+    Args:
+        path: As for `ct.read_ct`.
+        spacing_mm: Of the voxels wanted; the paper's is 1 mm.
+        method: As for `segmentation.segment_lungs`.
+        n_jobs: Processes and threads it may use.
+
+    Raises:
+        DataError: The scan cannot be read, or no lungs are found in it.
+        ParameterError: Spacing or method cannot be used.
+    """
+    raw = read_ct(path)
+    image = resample(sitk.DICOMOrient(raw, "LPS"), spacing_mm)
+    lungs = segment_lungs(image, method, n_jobs)
+    features = extract_features(image, lungs, n_jobs=n_jobs)
+    measures = quality.measure(image, lungs, raw)
+    shape = sitk.LabelShapeStatisticsImageFilter()
+    shape.Execute(lungs > 0)
+    start, size = np.reshape(shape.GetBoundingBox(1), (2, 3))
+    margin = np.ceil(MARGIN_MM / np.array(image.GetSpacing())).astype(int)
+    low = np.maximum(start - margin, 0)
+    high = np.minimum(start + size + margin, image.GetSize())
+    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    volume = image[box]
+    if volume.GetPixelID() != sitk.sitkInt16:
+        volume = sitk.Cast(sitk.Round(volume), sitk.sitkInt16)
+    return Preprocessed(volume, lungs[box], features, measures)
+
+
+def preprocess(
+    source: Path,
+    target: Path,
+    spacing_mm: float = 1.0,
+    method: str = "refined",
+    n_jobs: int | None = None,
+    progress: bool = False,
+) -> pd.DataFrame:
+    """Make every scan of a folder ready; scans that are ready already are left as they are.
+
+    Args:
+        source: See `data_folder`.
+        target: See the module; made if it is not there.
+        spacing_mm: Of the voxels wanted.
+        method: As for `segmentation.segment_lungs`.
+        n_jobs: Scans worked on at once; None takes a core each, and 3 GiB of memory at 1 mm.
+        progress: Whether a progress bar is shown.
+
+    Returns:
+        The table `scans.csv`: a line a patient with labels, split, `state` (ready or failed),
+        `reason` of a failure, and measures. Failed scans are tried again by the next run.
+
+    Raises:
+        DataError: The labels cannot be used, or another run works on the target.
+        ParameterError: Spacing or method cannot be used, or are not those of the target.
+    """
+    source, target = Path(source), Path(target)
+    if method not in METHODS:
+        raise ParameterError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
+    if not (np.isfinite(spacing_mm) and 0.3 <= spacing_mm <= 10):
+        raise ParameterError(f"spacing is {spacing_mm} mm; it must be from 0.3 to 10 mm.")
+    index = load_index(source)
+    if target.exists() and not target.is_dir():
+        raise ParameterError(f"{target} is a file; name a folder.")
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        with FileLock(target / ".lock", timeout=0):
+            _settle_settings(target, spacing_mm, method)
+            jobs = n_jobs or _jobs(spacing_mm)
+            failures = dict(_work(index, source, target, spacing_mm, method, jobs, progress))
+            return _write_tables(index, target, failures)
+    except Timeout:
+        raise DataError(f"Another run is working on {target}: wait until it has ended.") from None
+    except OSError as error:
+        what = error.strerror or error
+        raise DataError(f"{target} cannot be written ({what}); what is done is kept.") from error
+
+
+def _jobs(spacing_mm: float) -> int:
+    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    need = max(0.5, GIB_A_SCAN / spacing_mm**3)
+    return max(1, min(cpu_count(), int(pages / 2**30 / need)))
+
+
+def _settle_settings(target: Path, spacing_mm: float, method: str) -> None:
+    """Write the settings; or refuse if the target was made with others."""
+    settings = {
+        "spacing_mm": float(spacing_mm),
+        "method": method,
+        "covidmtl_core": metadata.version("covidmtl-core"),
+    }
+    path = target / "settings.json"
+    if not path.exists():
+        if (target / "scans").exists():
+            raise ParameterError(f"{target} has scans but no settings.json: name another folder.")
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        return
+    try:
+        made = dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError:
+        raise DataError(f"{path} is damaged: delete {target} or name another folder.") from None
+    other = [f"{k} {made.get(k)!r} (now {v!r})" for k, v in settings.items() if made.get(k) != v]
+    if other:
+        raise ParameterError(f"{target} was made with {', '.join(other)}: name another folder.")
+
+
+def _work(
+    index: pd.DataFrame,
+    source: Path,
+    target: Path,
+    spacing_mm: float,
+    method: str,
+    jobs: int,
+    progress: bool,
+) -> Iterator[tuple[str, str]]:
+    """Make the missing scans ready; patient and reason of each failure."""
+    from tqdm.auto import tqdm
+
+    shutil.rmtree(target / ".partial", ignore_errors=True)
+    (target / ".partial").mkdir()
+    (target / "scans").mkdir(exist_ok=True)
+    missing = []
+    for patient_id, path in index["path"].items():
+        named = os.path.relpath(path, source)
+        if _source_of(target / "scans" / str(patient_id)) != named:
+            missing.append((str(patient_id), path, named))
+    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(
+        delayed(_try_scan)(target, *scan, spacing_mm, method) for scan in missing
+    )
+    bar = tqdm(
+        work,
+        total=len(index),
+        initial=len(index) - len(missing),
+        desc="preprocessing",
+        unit="scan",
+        disable=not progress,
+    )
+    try:
+        for patient_id, reason in bar:
+            if reason:
+                bar.write(f"patient {patient_id} failed: {reason}")
+                yield patient_id, reason
+    except Exception as error:
+        if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):
+            raise
+        raise CovidMTLError(
+            "A worker process was killed, most likely for want of memory: run again with fewer "
+            f"--jobs than {jobs}; what is done is kept."
+        ) from error
+    shutil.rmtree(target / ".partial", ignore_errors=True)
+
+
+def _source_of(folder: Path) -> str | None:
+    """Path of the scan that a folder was made from, as the labels name it."""
+    try:
+        return str(json.loads((folder / "scan.json").read_text(encoding="utf-8"))["source"])
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _try_scan(
+    target: Path, patient_id: str, path: str, named: str, spacing_mm: float, method: str
+) -> tuple[str, str]:
+    """Write a scan's folder; the patient and the reason of a failure, if any."""
+    try:
+        made = preprocess_scan(path, spacing_mm, method)
+    except CovidMTLError as error:
+        return patient_id, str(error)
+    except Exception as error:  # the rest of the cohort goes on
+        return patient_id, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
+    part = target / ".partial" / f"{patient_id}-{os.getpid()}"
+    part.mkdir()
+    sitk.WriteImage(made.volume, part / "volume.nii.gz", useCompression=True)
+    sitk.WriteImage(made.lungs, part / "lungs.nii.gz", useCompression=True)
+    quality.draw(made.volume, made.lungs, patient_id, made.measures, part / "quality.png")
+    record = {"source": named, **made.measures, "features": made.features.to_dict()}
+    (part / "scan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    final = target / "scans" / patient_id
+    if _source_of(final) == named:  # by a worker that outlived its killed run
+        shutil.rmtree(part)
+        return patient_id, ""
+    shutil.rmtree(final, ignore_errors=True)
+    part.replace(final)
+    return patient_id, ""
+
+
+def _write_tables(index: pd.DataFrame, target: Path, failures: dict[str, str]) -> pd.DataFrame:
+    rows, features = [], {}
+    for patient_id in index.index:
+        row = {"state": "failed", "reason": failures.get(str(patient_id), "")}
+        if str(patient_id) not in failures:
+            path = target / "scans" / str(patient_id) / "scan.json"
+            record = json.loads(path.read_text(encoding="utf-8"))
+            features[patient_id] = record.pop("features")
+            row = {"state": "ready", "reason": "", **record}
+        rows.append(row)
+    scans = index.drop(columns="path").join(pd.DataFrame(rows, index=index.index)).convert_dtypes()
+    table = pd.DataFrame.from_dict(features, orient="index").rename_axis("patient_id")
+    for name, written in (("scans.csv", scans), ("features.csv", table)):
+        write_atomically(target / name, written.to_csv(lineterminator="\n"))
+    write_atomically(target / "quality.html", quality.overview(scans))
+    return scans

@@ -1,0 +1,175 @@
+"""Which features a scanner or the resampling moves, and where a reader's own features lie.
+
+Measured on phantoms, each scanned under conditions that differ in one thing; the intraclass
+correlations lie beside the registry as `feature_stability.csv` and are made again by
+`make phantoms`.
+"""
+
+from dataclasses import replace
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+from scipy.ndimage import gaussian_filter
+
+from covidmtl_core.errors import DataError
+from covidmtl_core.radiomics.names import FEATURE_NAMES
+
+if TYPE_CHECKING:
+    from covidmtl_core.phantom import Patient
+
+CONDITIONS = {
+    "noise": "1.5 times the noise",
+    "kernel": "a softer kernel: a Gaussian of 0.8 mm in the slices",
+    "slices": "slices of 2.5 mm, resampled to 1 mm",
+}
+
+NOISE = 1.5
+SOFT_KERNEL_MM = 0.8
+THICK_MM = 2.5
+
+TRUSTED_FROM = 0.75
+"""Intraclass correlation from which agreement is called good (Koo and Li 2016)."""
+
+N_PATIENTS = 12
+
+TABLE = "feature_stability.csv"
+
+
+def place(features: pd.Series, cohort: pd.DataFrame, spacing_mm: float = 1.0) -> pd.DataFrame:
+    """A reader's features among those of a cohort.
+
+    Args:
+        features: As from `extract_features`.
+        cohort: A line a patient, the same columns: `cohort.load_features("released")`.
+        spacing_mm: Of the voxels the reader's features were measured on.
+
+    Returns:
+        Indexed by feature: `value`; `percentile` within the cohort (0 to 100, ties half); `lowest`
+        and `highest` of the cohort; `flag`: empty, or why the number is not to be trusted.
+
+    Raises:
+        DataError: Features are missing from either.
+    """
+    missing = [name for name in FEATURE_NAMES if name not in features or name not in cohort]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of the 375 features are missing, for example {missing[0]}."
+        )
+    from scipy.stats import percentileofscore
+
+    table = pd.DataFrame(index=pd.Index(FEATURE_NAMES, name="feature"))
+    table["value"] = features[list(FEATURE_NAMES)].astype(float)
+    table["percentile"] = [
+        percentileofscore(cohort[name], value, kind="mean") if np.isfinite(value) else np.nan
+        for name, value in table["value"].items()
+    ]
+    table["lowest"], table["highest"] = cohort.min(), cohort.max()
+    lowest, highest = table["lowest"], table["highest"]
+    value = table["value"]
+    beyond = value.notna() & ~value.between(lowest, highest)
+    stable = (correlations() >= TRUSTED_FROM).loc[list(FEATURE_NAMES)]
+    moved = stable.apply(lambda row: ", ".join(row.index[~row]), axis=1)
+    other = f"measured at {spacing_mm:g} mm, the cohort at 1 mm"
+    table["flag"] = ""
+    for rows, text in (
+        (value.isna(), "not defined here"),
+        (beyond, "outside the cohort"),
+        (lowest == highest, "the same in the whole cohort"),
+        (moved != "", "moved by " + moved),
+        (pd.Series(abs(spacing_mm - 1) > 0.01, table.index), other),
+    ):
+        joint = np.where(rows & (table["flag"] != ""), "; ", "")
+        table["flag"] = table["flag"] + joint + np.where(rows, text, "")
+    return table
+
+
+@cache
+def correlations() -> pd.DataFrame:
+    """Intraclass correlation of each feature (rows) under each of `CONDITIONS`, on phantoms."""
+    with resources.as_file(resources.files("covidmtl_core.data_manifest") / TABLE) as path:
+        return pd.read_csv(path, index_col="feature")
+
+
+def intraclass_correlation(one: pd.DataFrame, other: pd.DataFrame) -> pd.Series:
+    """ICC(A,1) of two measurements: absolute agreement, single, two-way random (McGraw and Wong).
+
+    Args:
+        one: (patients, features).
+        other: The same patients and features, measured again.
+
+    Returns:
+        At most 1, by feature; NaN where all values are equal.
+    """
+    both = np.stack([one.to_numpy(float), other[one.columns].to_numpy(float)])
+    k, n = both.shape[:2]
+    grand = both.mean(axis=(0, 1))
+    rows = k * ((both.mean(axis=0) - grand) ** 2).sum(axis=0) / (n - 1)
+    columns = n * ((both.mean(axis=1) - grand) ** 2).sum(axis=0) / (k - 1)
+    rest = both - both.mean(axis=0) - both.mean(axis=1, keepdims=True) + grand
+    error = (rest**2).sum(axis=(0, 1)) / ((n - 1) * (k - 1))
+    scale = rows + (k - 1) * error + k / n * (columns - error)
+    with np.errstate(invalid="ignore"):
+        return pd.Series(np.where(scale > 0, (rows - error) / scale, np.nan), one.columns)
+
+
+def scan(patient: "Patient", condition: str | None, spacing_mm: float = 1.0) -> sitk.Image:
+    """A phantom patient scanned under a condition, or as it is; HU at `spacing_mm`."""
+    from covidmtl_core.ct import resample
+    from covidmtl_core.phantom import SIZE, make_phantom
+
+    size = [round(n / spacing_mm) for n in SIZE]
+    if condition == "noise":
+        return make_phantom(replace(patient, noise=NOISE * patient.noise), size, spacing_mm).image
+    if condition == "slices":
+        thick = [round(SIZE[0] / THICK_MM), *size[1:]]
+        image = make_phantom(patient, thick, (THICK_MM, spacing_mm, spacing_mm)).image
+        return resample(image, spacing_mm)
+    image = make_phantom(patient, size, spacing_mm).image
+    if condition == "kernel":
+        sigma = SOFT_KERNEL_MM / spacing_mm
+        voxels = sitk.GetArrayFromImage(image).astype(np.float32)
+        soft = sitk.GetImageFromArray(np.rint(gaussian_filter(voxels, (0, sigma, sigma))))
+        soft.CopyInformation(image)
+        return sitk.Cast(soft, sitk.sitkInt16)
+    return image
+
+
+def measure(patients: int = N_PATIENTS, spacing_mm: float = 1.0) -> pd.DataFrame:
+    """The table of `correlations`, measured anew; six minutes on two cores."""
+    from joblib import Parallel, delayed
+
+    from covidmtl_core import phantom_cohort
+
+    ids = phantom_cohort.cohort().index[:patients]
+    conditions = [None, *CONDITIONS]
+    rows = Parallel(n_jobs=-1)(
+        delayed(_features)(int(i), condition, spacing_mm) for i in ids for condition in conditions
+    )
+    table = pd.DataFrame(rows)
+    sets = [table.iloc[k :: len(conditions)].reset_index(drop=True) for k in range(len(conditions))]
+    found = {
+        name: intraclass_correlation(sets[0], again)
+        for name, again in zip(CONDITIONS, sets[1:], strict=True)
+    }
+    return pd.DataFrame(found).rename_axis("feature")
+
+
+def _features(patient_id: int, condition: str | None, spacing_mm: float) -> pd.Series:
+    from covidmtl_core import phantom_cohort
+    from covidmtl_core.radiomics.features import extract_features
+    from covidmtl_core.segmentation import segment_lungs
+
+    image = scan(phantom_cohort.patient(patient_id), condition, spacing_mm)
+    return extract_features(image, segment_lungs(image, n_jobs=1), n_jobs=1)
+
+
+def write_table() -> None:
+    """Measure, and write the table into the repository."""
+    target = Path(__file__).resolve().parents[2] / "data_manifest" / TABLE
+    measure().to_csv(target, float_format="%.4f", lineterminator="\n")
+    print(f"{target} written")

@@ -1,0 +1,169 @@
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import SimpleITK as sitk
+
+from covidmtl_core import evaluation
+from covidmtl_core.dicom import write_series
+from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.phantom import draw_patient, make_phantom
+from covidmtl_core.preprocessing import preprocess, preprocess_scan
+from covidmtl_core.radiomics.features import extract_features
+from covidmtl_core.radiomics.names import FEATURE_NAMES
+
+SIZE, SPACING = (57, 65, 65), 6.0
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five phantoms as DICOM, one damaged scan, one that is missing."""
+    folder = tmp_path_factory.mktemp("cohort")
+    lines = ["patient_id,path,ct,nat,severity,split"]
+    for seed in range(5):
+        scan = make_phantom(draw_patient(seed, 0.1 * (seed > 1)), SIZE, SPACING)
+        write_series(scan.image, folder / f"scan {seed}")
+        lines.append(f"p{seed},scan {seed},{int(seed > 1)},,,{'train' if seed else 'test'}")
+    (folder / "damaged.nii.gz").write_bytes(b"\x1f\x8b no volume")
+    lines += ["damaged,damaged.nii.gz,1,1,1,train", "missing,nowhere,0,0,0,test"]
+    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("ready") / "made" / "here"
+    preprocess(source, target, SPACING)
+    return target
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_scan_becomes_a_cropped_volume_lungs_and_features(source: Path, done: Path) -> None:
+    truth = make_phantom(draw_patient(3, 0.1), SIZE, SPACING)
+    folder = done / "scans" / "p3"
+    volume, lungs = (sitk.ReadImage(folder / f"{name}.nii.gz") for name in ("volume", "lungs"))
+    assert volume.GetSize() == lungs.GetSize() and np.prod(volume.GetSize()) < np.prod(SIZE) / 2
+    whole = sitk.Resample(lungs, truth.lungs, sitk.Transform(), sitk.sitkNearestNeighbor)
+    found, expected = (sitk.GetArrayFromImage(m) > 0 for m in (whole, truth.lungs))
+    assert evaluation.overlap_metrics(found, expected)["dice"] > 0.93
+    hu = sitk.GetArrayFromImage(
+        sitk.Resample(volume, truth.image, sitk.Transform(), sitk.sitkNearestNeighbor)
+    )
+    assert np.array_equal(hu[found], sitk.GetArrayFromImage(truth.image)[found])
+    record = json.loads((folder / "scan.json").read_text())
+    volume_ml = found.sum() * SPACING**3 / 1000
+    assert record["right_ml"] + record["left_ml"] == pytest.approx(volume_ml, rel=1e-3)
+    features = pd.read_csv(done / "features.csv", index_col="patient_id")
+    assert tuple(features.columns) == FEATURE_NAMES and len(features) == 5
+    again = extract_features(volume, lungs)
+    np.testing.assert_allclose(features.loc["p3"], again, rtol=1e-12)
+
+
+def test_failures_are_recorded_and_the_rest_is_done(done: Path) -> None:
+    scans = pd.read_csv(done / "scans.csv", index_col="patient_id")
+    assert scans["state"].value_counts().to_dict() == {"ready": 5, "failed": 2}
+    assert "damaged.nii.gz" in scans.loc["damaged", "reason"]
+    assert "does not exist" in scans.loc["missing", "reason"]
+    assert scans.loc["p0", "split"] == "test" and np.isnan(scans.loc["p0", "nat"])
+    page = (done / "quality.html").read_text()
+    assert "5 scans ready, 2 failed" in page and "scans/p4/quality.png" in page
+    assert sorted(p.name for p in done.iterdir()) == sorted(
+        [".lock", "features.csv", "quality.html", "scans", "scans.csv", "settings.json"]
+    )
+
+
+def test_a_repaired_scan_is_made_by_the_next_run_and_the_rest_left(
+    source: Path, done: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    shutil.copytree(done, tmp_path / "target")
+    image = make_phantom(draw_patient(9), SIZE, SPACING).image
+    sitk.WriteImage(image, tmp_path / "source" / "damaged.nii.gz")
+    before = (tmp_path / "target" / "scans" / "p1").stat().st_mtime_ns
+    scans = preprocess(tmp_path / "source", tmp_path / "target", SPACING)
+    assert scans.loc["damaged", "state"] == "ready"
+    assert (tmp_path / "target" / "scans" / "p1").stat().st_mtime_ns == before
+    assert len(pd.read_csv(tmp_path / "target" / "features.csv")) == 6
+
+
+def test_killed_at_random_points_it_ends_with_the_same_folder(
+    source: Path, done: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "target"
+    program = "from covidmtl_core.cli import main; main()"
+    command = [sys.executable, "-c", program, "preprocess", str(source), str(target)]
+    command += ["--spacing", str(SPACING), "--jobs", "1"]
+    draw = random.Random(7)
+    started = 0
+    for _ in range(4):
+        run = subprocess.Popen(
+            command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and _made(target / ".partial") <= started:
+            time.sleep(0.02)
+        time.sleep(draw.uniform(0, 2))
+        os.killpg(run.pid, signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL, "the run ended before it was killed"
+        started = _made(target / ".partial")
+    assert 0 < len(list((target / "scans").iterdir())) < 5
+    preprocess(source, target, SPACING)
+    assert contents(target) == contents(done)
+
+
+def _made(folder: Path) -> int:
+    return folder.stat().st_mtime_ns if folder.exists() else 0
+
+
+def test_two_runs_at_once_are_refused(source: Path, done: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(done / ".lock"), pytest.raises(DataError, match="Another run"):
+        preprocess(source, done, SPACING)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"spacing_mm": 4.0}, r"made with spacing_mm 6\.0"),
+        ({"method": "classical"}, "made with method 'refined'"),
+        ({"method": "best"}, "'best'"),
+        ({"spacing_mm": 0}, "0 mm"),
+        ({"spacing_mm": float("nan")}, "nan mm"),
+    ],
+)
+def test_other_settings_are_refused(source: Path, done: Path, options: dict, named: str) -> None:  # type: ignore[type-arg]
+    with pytest.raises(ParameterError, match=named):
+        preprocess(source, done, **{"spacing_mm": SPACING, **options})
+
+
+def test_a_source_without_labels_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    with pytest.raises(DataError, match=r"labels\.csv"):
+        preprocess(tmp_path / "source", tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_remarks_name_what_is_odd(source: Path, tmp_path: Path) -> None:
+    made = preprocess_scan(source / "scan 2", SPACING)
+    assert made.measures["remarks"] == "The slices are 6 mm apart."
+    image = make_phantom(draw_patient(2, 0.1), SIZE, SPACING).image
+    sitk.WriteImage(image[:, :, 20:], tmp_path / "cut.nii.gz")
+    cut = preprocess_scan(tmp_path / "cut.nii.gz", SPACING)
+    assert "The lungs reach the lowest slice." in cut.measures["remarks"]
