@@ -17,6 +17,8 @@ from scipy import fft, ndimage
 from skimage.filters import sobel
 from skimage.measure import find_contours
 
+from covidmtl_core.boxes import bounds
+
 Mask = NDArray[np.bool_]
 
 AIR_BELOW = 604
@@ -49,8 +51,8 @@ def classical(volume: NDArray[np.int16]) -> Mask:
         if 2 * np.count_nonzero(around) <= around.size:
             around = labels == _by_area(labels)[0]
         np.logical_not(around, out=lung)
-    box = _bounds(lungs)
-    if box is not None:
+    if lungs.any():
+        box = bounds(lungs)
         labels = cc3d.connected_components(lungs[box], connectivity=26)
         if labels.max() > 1:
             lungs[box] = labels == _by_area(labels)[0]
@@ -66,21 +68,17 @@ def refine(volume: NDArray[np.int16], lungs: Mask, n_jobs: int | None = None) ->
         n_jobs: Processes; None takes one for each core.
     """
     refined = np.zeros_like(lungs)
-    box = _bounds(lungs)
-    if box is None:
+    if not lungs.any():
         return refined
-    rows, columns = (
-        slice(max(0, s.start - _MARGIN), min(n, s.stop + _MARGIN))
-        for s, n in zip(box[1:], lungs.shape[1:], strict=True)
-    )
+    planes, rows, columns = bounds(lungs, (0, _MARGIN, _MARGIN))
     jobs = n_jobs or cpu_count()
-    cuts = np.linspace(box[0].start, box[0].stop, 8 * jobs + 1).astype(int).tolist()
+    cuts = np.linspace(planes.start, planes.stop, 8 * jobs + 1).astype(int).tolist()
     batches = [slice(a, b) for a, b in pairwise(cuts) if b > a]
     done = Parallel(n_jobs=jobs, max_nbytes=None)(
         delayed(_refine_slices)(volume[b, rows, columns], lungs[b, rows, columns]) for b in batches
     )
-    for batch, planes in zip(batches, done, strict=True):
-        refined[batch, rows, columns] = planes
+    for batch, made in zip(batches, done, strict=True):
+        refined[batch, rows, columns] = made
     return refined
 
 
@@ -102,7 +100,7 @@ def _refine_slice(image: NDArray[np.int16], plane: Mask) -> Mask:
     refined = np.zeros_like(plane)
     for label in _by_area(labels)[:2]:
         lung = labels == label
-        box = _around(lung, 12)
+        box = bounds(lung, 12)
         refined[box] |= closed(_eroded(lung[box], 2), 10)
     return refined
 
@@ -111,7 +109,7 @@ def closed(mask: Mask, radius: int) -> Mask:
     """Closing with a disk; beyond the border lies nothing."""
     if not mask.any():
         return mask.copy()
-    box = _around(mask, radius + 1)
+    box = bounds(mask, radius + 1)
     result = np.zeros_like(mask)
     result[box] = _eroded(_dilated(mask[box], radius), radius)
     return result
@@ -142,24 +140,6 @@ def _dilated(mask: Mask, radius: int) -> Mask:
 def _eroded(mask: Mask, radius: int) -> Mask:
     """Erosion with a disk; the border does not erode."""
     return ~_dilated(~mask, radius)
-
-
-def _bounds(mask: Mask) -> tuple[slice, ...] | None:
-    """The smallest box that holds the mask, or None if it is empty."""
-    box = []
-    for axis in range(mask.ndim):
-        others = tuple(k for k in range(mask.ndim) if k != axis)
-        places = np.flatnonzero(mask.any(axis=others))
-        if not len(places):
-            return None
-        box.append(slice(int(places[0]), int(places[-1]) + 1))
-    return tuple(box)
-
-
-def _around(mask: Mask, margin: int) -> tuple[slice, ...]:
-    """The smallest box that holds the mask, wider by a margin; everything if it is empty."""
-    box = _bounds(mask) or tuple(slice(0, n) for n in mask.shape)
-    return tuple(slice(max(0, s.start - margin), s.stop + margin) for s in box)
 
 
 def _by_area(labels: NDArray[np.integer]) -> NDArray[np.intp]:
@@ -198,7 +178,7 @@ def _edges(image: NDArray[np.int16], lung: Mask) -> NDArray[np.float64]:
     the pull tiny.
     """
     coefficients = np.zeros(lung.shape)
-    box = _around(lung, 16)
+    box = bounds(lung, 16)
     scaled = (2.0 * (image[box] * lung[box]) + 1) / 65_535
     coefficients[box] = ndimage.spline_filter(sobel(scaled), order=2, mode="mirror")
     return coefficients

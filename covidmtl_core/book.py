@@ -49,6 +49,7 @@ SIZES = {
     "n_trees": {"phantom": 100, "released": 1000, "volumes": 1000},
     "n_seeds": {"phantom": 10, "released": 10, "volumes": 10},
     "n_phantoms": {"phantom": 3, "released": 24, "volumes": 24},
+    "n_scans": {"phantom": 8, "released": 48, "volumes": 48},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }
 """What a size that a chapter leaves at None becomes: the paper's, or a quick one on phantoms."""

@@ -56,8 +56,8 @@ def check_tier(tier: str) -> None:
         raise ParameterError(f"tier is {tier!r}; it must be one of {', '.join(TIERS)}.")
     if tier == "volumes":
         raise ParameterError(
-            "tier 'volumes' starts from CT scans, and this version has no preprocessing yet that "
-            "turns scans into a table; run with tier 'released' or 'phantom'."
+            "tier 'volumes' reads scans that `covidmtl preprocess` made ready, and no chapter of "
+            "this version does so yet; run with tier 'released' or 'phantom'."
         )
 
 

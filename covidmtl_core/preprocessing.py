@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 
 from covidmtl_core import quality
+from covidmtl_core.boxes import bounds
 from covidmtl_core.claims import write_atomically
 from covidmtl_core.ct import read_ct, resample
 from covidmtl_core.data_folder import load_index
@@ -73,13 +74,8 @@ def preprocess_scan(
     lungs = segment_lungs(image, method, n_jobs)
     features = extract_features(image, lungs, n_jobs=n_jobs)
     measures = quality.measure(image, lungs, raw)
-    shape = sitk.LabelShapeStatisticsImageFilter()
-    shape.Execute(lungs > 0)
-    start, size = np.reshape(shape.GetBoundingBox(1), (2, 3))
-    margin = np.ceil(MARGIN_MM / np.array(image.GetSpacing())).astype(int)
-    low = np.maximum(start - margin, 0)
-    high = np.minimum(start + size + margin, image.GetSize())
-    box = tuple(slice(int(a), int(b)) for a, b in zip(low, high, strict=True))
+    margins = [int(np.ceil(MARGIN_MM / s)) for s in lungs.GetSpacing()[::-1]]
+    box = bounds(sitk.GetArrayViewFromImage(lungs) > 0, margins)[::-1]
     volume = image[box]
     if volume.GetPixelID() != sitk.sitkInt16:
         volume = sitk.Cast(sitk.Round(volume), sitk.sitkInt16)

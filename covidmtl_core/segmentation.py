@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from covidmtl_core import _released_segmentation as released
+from covidmtl_core.boxes import bounds
 from covidmtl_core.ct import same_grid
 from covidmtl_core.errors import DataError, ParameterError
 
@@ -158,9 +159,9 @@ def _sided(mask: NDArray[Any], hu: NDArray[Any], spacing: Sequence[float]) -> ND
         return mask.astype(np.uint8)
     factors = _factors(spacing)
     labels = np.zeros(mask.shape, np.uint8)
-    box = _bounds(mask, 0.0, spacing)
-    if box is None:
+    if not mask.any():
         return labels
+    box = bounds(mask)
     every = tuple(slice(f // 2, None, f) for f in factors)
     step = _multiplied(spacing, factors)
     blocks = tuple(slice(s.start // f, -(-s.stop // f)) for s, f in zip(box, factors, strict=True))
@@ -238,9 +239,9 @@ def _refined(hu: NDArray[Any], spacing: Sequence[float]) -> NDArray[np.uint8]:
     air = (coarse < AIR_BELOW) & ~padding & ~airways
     middle = _middle(coarse, step)
     lungs = _lung_air(air, coarse, body, step, middle)
-    box = _bounds(lungs, 25.0, step)
-    if box is None:
+    if not lungs.any():
         return labels
+    box = bounds(lungs, [int(25 / s) for s in step])
     elsewhere = (air & ~lungs | padding | airways)[box]
     lungs, local = lungs[box], coarse[box]
     middle -= box[2].start
@@ -398,9 +399,9 @@ def _offsets(parts: NDArray[Any], count: int, middle: float) -> NDArray[np.float
 def _near_large(parts: NDArray[Any], large: Mask, lung: Mask, step: Sequence[float]) -> Mask:
     """Regions that are large, and small ones within 15 mm of these."""
     sure = large[parts]
-    box = _bounds(sure, 16.0, step)
-    if box is None:
+    if not large.any():
         return sure
+    box = bounds(sure, [int(16 / s) for s in step])
     around = _distance2(sure[box], step) <= 15.0**2
     close = np.zeros_like(lung)
     close[parts[box][around]] = True
@@ -548,10 +549,10 @@ def _distance2(mask: Mask, step: Sequence[float]) -> NDArray[np.float32]:
 
 def _closed(mask: Mask, radius: float, step: Sequence[float]) -> Mask:
     """Closing with a ball; beyond the border lies nothing."""
-    margin = [int(radius / s) + 2 for s in step]
-    box = _bounds(mask, 0.0, step)
-    if box is None:
+    if not mask.any():
         return mask
+    margin = [int(radius / s) + 2 for s in step]
+    box = bounds(mask)
     padded = np.pad(mask[box], [(m, m) for m in margin])
     grown = _distance2(padded, step) <= radius**2
     closed = edt.edtsq(grown, anisotropy=tuple(step), parallel=0) > radius**2
@@ -583,19 +584,6 @@ def _worn(mask: Mask, voxels: int | Sequence[int]) -> Mask:
 def _grown(mask: Mask, voxels: int | Sequence[int]) -> Mask:
     """Dilation with a box."""
     return ~_worn(~mask, voxels)
-
-
-def _bounds(mask: Mask, margin_mm: float, step: Sequence[float]) -> tuple[slice, ...] | None:
-    """The box around a mask, wider by a margin but within the grid; None if the mask is empty."""
-    box = []
-    for axis, (n, s) in enumerate(zip(mask.shape, step, strict=True)):
-        others = tuple(k for k in range(3) if k != axis)
-        places = np.flatnonzero(mask.any(axis=others))
-        if not len(places):
-            return None
-        margin = int(margin_mm / s)
-        box.append(slice(max(0, int(places[0]) - margin), min(n, int(places[-1]) + 1 + margin)))
-    return tuple(box)
 
 
 def _enlarged(voxels: NDArray[Any], factors: Sequence[int]) -> NDArray[Any]:

@@ -42,6 +42,7 @@ def test_fetch_brings_one_file(fetched: Path, empty_cache: Path, monkeypatch) ->
         (["fetch", "lungs"], "'lungs'"),
         (["fetch", "segmented-volumes"], "closed"),
         (["claims", "diff", "/no/such/a", "/no/such/b"], "/no/such/a"),
+        (["preprocess", "/no/such/folder", "/no/such/target"], "/no/such/folder"),
     ],
 )
 def test_a_mistake_is_one_message_without_traceback(empty_cache, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -60,3 +61,25 @@ def test_claims_diff_compares_two_runs(tmp_path: Path) -> None:
     changed = covidmtl("claims", "diff", str(tmp_path / "a"), str(tmp_path / "b"))
     assert changed.returncode == 1
     assert "cohort.studies" in changed.stdout and "differs" in changed.stdout
+
+
+def test_check_lists_problems_and_fails_on_errors_only(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text(
+        "patient_id,path,ct,nat,severity\na,x.nii,1,,\nb,y.nii,3,,\n"
+    )
+    answer = covidmtl("check", "--quick", str(tmp_path))
+    assert answer.returncode == 1
+    assert "error: labels.csv, line 3: ct is '3'" in answer.stdout
+    assert "x.nii does not exist" in answer.stdout and "3 errors" in answer.stdout
+    (tmp_path / "labels.csv").write_text("patient_id,path,ct,nat,severity\na,x.nii,1,,\n")
+    (tmp_path / "x.nii").touch()
+    answer = covidmtl("check", "--quick", str(tmp_path))
+    assert (answer.returncode, answer.stdout) == (0, "0 errors, 0 warnings.\n")
+
+
+def test_preprocess_fails_only_if_every_scan_does(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text("patient_id,path,ct,nat,severity\na,x.nii,1,,\n")
+    answer = covidmtl("preprocess", str(tmp_path), str(tmp_path / "out"), "--jobs", "1")
+    assert answer.returncode == 1 and "1 failed, reasons in scans.csv: a." in answer.stdout
+    assert "x.nii does not exist" in (tmp_path / "out" / "scans.csv").read_text()
+    assert "Traceback" not in answer.stderr

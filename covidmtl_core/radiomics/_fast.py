@@ -14,8 +14,9 @@ import numpy as np
 from joblib import cpu_count
 from numpy.typing import NDArray
 
+from covidmtl_core.boxes import bounds
 from covidmtl_core.radiomics import _kernels
-from covidmtl_core.radiomics.names import GLCM, GLRLM
+from covidmtl_core.radiomics.names import GLCM, GLRLM, GLSZM
 
 Values = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -42,7 +43,7 @@ def extract(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = No
         n_jobs: Threads; None takes one for each core.
     """
     inside = volume > 0
-    box = _bounds(inside)
+    box = bounds(inside)
     inside = np.ascontiguousarray(inside[box])
     with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
         meeting = [d for d in DIRECTIONS if _meets_twice(inside, d)]
@@ -52,7 +53,7 @@ def extract(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = No
         pairs, runs = _counted(image, len(levels), pool)
         found |= _of_pairs(pairs, levels) | _of_runs(runs, levels, meeting)
         found |= _of_zones(image[1:-1, 1:-1, 1:-1], levels)
-        for band, values in _sub_bands(volume, pool):
+        for band, values in sub_bands(volume, pool):
             image, levels = _discretised(values[box], inside, bin_width, pool)
             pairs, runs = _counted(image, len(levels), pool)
             textures = _of_pairs(pairs, levels, with_mcc=False)
@@ -62,10 +63,22 @@ def extract(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = No
     return found
 
 
+def overwritten(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = None) -> Features:
+    """The run-length features of the image whose names the zones share, from `volume` above."""
+    inside = volume > 0
+    box = bounds(inside)
+    inside = np.ascontiguousarray(inside[box])
+    with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
+        image, levels = _discretised(volume[box], inside, bin_width, pool)
+        _, runs = _counted(image, len(levels), pool)
+    found = _of_runs(runs, levels, [d for d in DIRECTIONS if _meets_twice(inside, d)])
+    return {name: found[name] for name in GLRLM if name in GLSZM}
+
+
 # --- voxels to counts ---------------------------------------------------------------------------
 
 
-def _sub_bands(volume: Values, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Values]]:
+def sub_bands(volume: Values, pool: ThreadPoolExecutor) -> Iterator[tuple[str, Values]]:
     """Sub-bands of one level of the undecimated wavelet transform; letters for x, y and z.
 
     An odd axis is continued by its first plane, as pyradiomics does.
@@ -140,11 +153,6 @@ def _planewise(
 def _cuts(planes: int) -> list[tuple[int, int]]:
     places = np.linspace(0, planes, _PARTS + 1).astype(int).tolist()
     return [(a, b) for a, b in pairwise(places) if b > a]
-
-
-def _bounds(mask: Mask) -> tuple[slice, ...]:
-    places = [np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(int(p[0]), int(p[-1]) + 1) for p in places)
 
 
 # --- counts to features -------------------------------------------------------------------------

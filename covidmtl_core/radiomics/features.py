@@ -8,6 +8,7 @@ import pandas as pd
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from covidmtl_core.boxes import bounds
 from covidmtl_core.ct import same_grid
 from covidmtl_core.errors import DataError, MissingDependencyError, ParameterError
 from covidmtl_core.radiomics.names import FEATURE_NAMES, WAVELET_GLCM
@@ -56,6 +57,36 @@ def extract_features(
     return pd.Series(found, dtype=float)[list(FEATURE_NAMES)]
 
 
+def overwritten_features(image: sitk.Image, mask: sitk.Image) -> pd.Series:
+    """The three run-length (GLRLM) values that the released table lost to zones (GLSZM).
+
+    Args, errors: as `extract_features`.
+
+    Returns:
+        float64, by name; the same names hold the zones' values in `extract_features`.
+    """
+    from covidmtl_core.radiomics import _fast
+
+    return pd.Series(_fast.overwritten(masked_lungs(image, mask), BIN_WIDTH), dtype=float)
+
+
+def sub_bands(image: sitk.Image, mask: sitk.Image) -> dict[str, NDArray[np.float64]]:
+    """The wavelet sub-bands that textures are measured in.
+
+    Args, errors: as `extract_features`.
+
+    Returns:
+        By name (letters for x, y and z; L low-pass, H high-pass), each (z, y, x), on the lungs'
+        box with its margin, as `masked_lungs` returns it.
+    """
+    from concurrent.futures import ThreadPoolExecutor
+
+    from covidmtl_core.radiomics import _fast
+
+    with ThreadPoolExecutor() as pool:
+        return dict(_fast.sub_bands(masked_lungs(image, mask), pool))
+
+
 def masked_lungs(image: sitk.Image, mask: sitk.Image) -> NDArray[np.int16]:
     """HU + 1024 of the lungs, 0 outside, cropped with a margin; what the authors extracted from.
 
@@ -64,7 +95,11 @@ def masked_lungs(image: sitk.Image, mask: sitk.Image) -> NDArray[np.int16]:
     """
     check_mask(image, mask)
     inside = sitk.GetArrayViewFromImage(mask) > 0
-    box = _box(inside)
+    # Odd where the whole is odd: the wavelets continue an odd axis.
+    box = tuple(
+        slice(s.start, s.stop + (n - (s.stop - s.start)) % 2 * (s.stop < n))
+        for s, n in zip(bounds(inside, _MARGIN), inside.shape, strict=True)
+    )
     values = np.where(inside[box], sitk.GetArrayViewFromImage(image)[box], 0).astype(float)
     if not np.isfinite(values).all():
         raise DataError("The image holds values inside the lungs that are not numbers.")
@@ -104,18 +139,6 @@ def check_mask(image: sitk.Image, mask: sitk.Image) -> None:
         )
     if not (sitk.GetArrayViewFromImage(mask) > 0).any():
         raise DataError("The mask is empty: it holds no lung voxel.")
-
-
-def _box(inside: NDArray[np.bool_]) -> tuple[slice, ...]:
-    """The lungs with a margin, odd where the whole is odd: the wavelets continue an odd axis."""
-    box = []
-    for axis, n in enumerate(inside.shape):
-        others = tuple(k for k in range(3) if k != axis)
-        places = np.flatnonzero(inside.any(axis=others))
-        start = max(0, int(places[0]) - _MARGIN)
-        stop = min(n, int(places[-1]) + 1 + _MARGIN)
-        box.append(slice(start, stop + (n - (stop - start)) % 2 * (stop < n)))
-    return tuple(box)
 
 
 def _by_kernels(lungs: NDArray[np.int16], n_jobs: int | None) -> dict[str, float]:

@@ -10,7 +10,13 @@ from numpy.typing import NDArray
 from covidmtl_core.ct import read_ct, resample
 from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
-from covidmtl_core.radiomics.features import extract_features
+from covidmtl_core.radiomics import names
+from covidmtl_core.radiomics.features import (
+    extract_features,
+    masked_lungs,
+    overwritten_features,
+    sub_bands,
+)
 from covidmtl_core.radiomics.names import FEATURE_NAMES, WAVELET_GLCM
 from covidmtl_core.segmentation import segment_lungs
 
@@ -150,6 +156,30 @@ def test_the_name_that_two_families_share_is_that_of_the_zones() -> None:
     found = extract_features(*scan_of(voxels, inside))
     assert found["GrayLevelNonUniformity"] == 1, "two zones, each alone at its level"
     assert found["LargeAreaEmphasis"] == (27**2 + (5 * 6 * 7 - 27) ** 2) / 2
+
+
+@needs_pyradiomics
+def test_the_overwritten_values_are_those_of_the_runs(scan: Phantom) -> None:
+    from radiomics.glrlm import RadiomicsGLRLM
+
+    volume = sitk.GetImageFromArray(masked_lungs(scan.image, scan.lungs))
+    runs = RadiomicsGLRLM(volume, sitk.Cast(volume > 0, sitk.sitkUInt8), binWidth=25)
+    found = overwritten_features(scan.image, scan.lungs)
+    for name in found.index:
+        runs.enableFeatureByName(name)
+    expected = {name: float(value) for name, value in runs.execute().items()}
+    assert len(expected) == 3
+    assert dict(found) == pytest.approx(expected, rel=1e-10)
+
+
+def test_sub_bands_of_a_constant_hold_it_in_the_low_pass_alone() -> None:
+    inside = np.zeros((20, 22, 24), bool)
+    inside[1:-1, 1:-1, 1:-1] = True
+    bands = sub_bands(*scan_of(np.full(inside.shape, 500), inside))
+    assert sorted(bands) == sorted(names.SUB_BANDS)
+    for name, values in bands.items():
+        middle = values[6:-6, 6:-6, 6:-6]
+        np.testing.assert_allclose(middle, 500 * 2**1.5 if name == "LLL" else 0, atol=1e-4)
 
 
 def test_threads_and_labels_change_nothing(scan: Phantom) -> None:
