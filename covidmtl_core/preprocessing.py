@@ -192,7 +192,8 @@ def _work(
     try:
         for patient_id, reason in bar:
             if reason:
-                bar.write(f"patient {patient_id} failed: {reason}")
+                if progress:
+                    bar.write(f"patient {patient_id} failed: {reason}")
                 yield patient_id, reason
     except Exception as error:
         if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):

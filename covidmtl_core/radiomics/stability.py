@@ -40,13 +40,16 @@ N_PATIENTS = 12
 TABLE = "feature_stability.csv"
 
 
-def place(features: pd.Series, cohort: pd.DataFrame, spacing_mm: float = 1.0) -> pd.DataFrame:
+def place(
+    features: pd.Series, cohort: pd.DataFrame, spacing_mm: float = 1.0, cohort_mm: float = 1.0
+) -> pd.DataFrame:
     """A reader's features among those of a cohort.
 
     Args:
         features: As from `extract_features`.
         cohort: A line a patient, the same columns: `cohort.load_features("released")`.
         spacing_mm: Of the voxels the reader's features were measured on.
+        cohort_mm: Of the voxels the cohort's were; 1 mm for the released table.
 
     Returns:
         Indexed by feature: `value`; `percentile` within the cohort (0 to 100, ties half); `lowest`
@@ -74,14 +77,14 @@ def place(features: pd.Series, cohort: pd.DataFrame, spacing_mm: float = 1.0) ->
     beyond = value.notna() & ~value.between(lowest, highest)
     stable = (correlations() >= TRUSTED_FROM).loc[list(FEATURE_NAMES)]
     moved = stable.apply(lambda row: ", ".join(row.index[~row]), axis=1)
-    other = f"measured at {spacing_mm:g} mm, the cohort at 1 mm"
+    other = f"measured at {spacing_mm:g} mm, the cohort at {cohort_mm:g} mm"
     table["flag"] = ""
     for rows, text in (
         (value.isna(), "not defined here"),
         (beyond, "outside the cohort"),
         (lowest == highest, "the same in the whole cohort"),
         (moved != "", "moved by " + moved),
-        (pd.Series(abs(spacing_mm - 1) > 0.01, table.index), other),
+        (pd.Series(abs(spacing_mm - cohort_mm) > 0.01, table.index), other),
     ):
         joint = np.where(rows & (table["flag"] != ""), "; ", "")
         table["flag"] = table["flag"] + joint + np.where(rows, text, "")
