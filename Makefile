@@ -24,7 +24,8 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
-	  $(BIN)/pytest tests covidmtl_core --nbval-lax --nbval-current-env book
+	  $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadscope \
+	  tests covidmtl_core --nbval-lax --nbval-current-env book
 
 # Execute the chapters at their smoke sizes and keep the outputs that the tests check.
 notebooks: $(READY)

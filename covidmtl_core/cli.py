@@ -57,7 +57,7 @@ def check_command(
     """List every problem of a folder of scans; exit status 1 if one is an error."""
     from covidmtl_core import data_folder
 
-    problems = data_folder.check(folder, not quick, jobs, progress=sys.stderr.isatty())
+    problems = data_folder.check(folder, not quick, jobs, progress=True)
     for level, where, problem in problems.itertuples(index=False):
         print(f"{level}: {where}: {problem}")
     errors = int((problems["level"] == "error").sum())

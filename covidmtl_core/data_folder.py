@@ -6,8 +6,12 @@ patient takes no part in that task. Or it holds the source site's archives, `Pat
 on, whose labels and split are those of the released tables.
 """
 
+import csv
 import hashlib
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pandas as pd
@@ -61,35 +65,55 @@ def check(
         keeps `preprocess` from starting; one in a scan only leaves that scan out.
     """
     index, problems = _index(Path(folder))
-    there = pd.Series({i: path for i, path in index["path"].items() if Path(path).exists()})
+    named = [(str(i), path) for i, path in index["path"].items() if path]
+    there = [(i, path) for i, path in named if _exists(path)]
     problems += [
         ("error", f"patient {i}", f"{path} does not exist: correct the path.")
-        for i, path in index["path"].items()
-        if i not in there.index
+        for i, path in named
+        if (i, path) not in there
     ]
     if read and len(there):
         from tqdm.auto import tqdm
 
         work = Parallel(n_jobs=n_jobs or -1, return_as="generator")(
-            delayed(_fingerprint)(path) for path in there
+            delayed(_fingerprint)(path) for _, path in there
         )
         bar = tqdm(work, total=len(there), desc="reading", unit="scan", disable=not progress)
         seen: dict[str, str] = {}
-        for patient_id, (print_, failure) in zip(there.index, bar, strict=True):
-            if failure:
-                problems.append(("error", f"patient {patient_id}", failure))
-            elif print_ in seen:
-                what = f"the scan equals that of patient {seen[print_]}, voxel by voxel."
-                problems.append(("warning", f"patient {patient_id}", what))
-            else:
-                seen[print_] = str(patient_id)
+        with worker_loss_named("a scan was read"):
+            for (patient_id, _), (print_, failure) in zip(there, bar, strict=True):
+                if failure:
+                    problems.append(("error", f"patient {patient_id}", failure))
+                elif print_ in seen:
+                    what = f"the scan equals that of patient {seen[print_]}, voxel by voxel."
+                    problems.append(("warning", f"patient {patient_id}", what))
+                else:
+                    seen[print_] = patient_id
     return pd.DataFrame(problems, columns=["level", "where", "problem"])
+
+
+@contextmanager
+def worker_loss_named(when: str) -> Iterator[None]:
+    """Say in one sentence that a worker process was killed.
+
+    Raises:
+        CovidMTLError: It was.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):
+            raise
+        raise CovidMTLError(
+            f"A worker process was killed while {when}, most likely for want of memory: run again "
+            "with fewer --jobs; what is done is kept."
+        ) from error
 
 
 def _fingerprint(path: str) -> tuple[str, str]:
     """Hash of a scan's voxels; or why it cannot be read."""
     try:
-        voxels = sitk.GetArrayViewFromImage(read_ct(path))
+        voxels = sitk.GetArrayFromImage(read_ct(path))
     except CovidMTLError as error:
         return "", str(error)
     except Exception as error:
@@ -97,14 +121,27 @@ def _fingerprint(path: str) -> tuple[str, str]:
     return hashlib.sha256(voxels.tobytes()).hexdigest(), ""
 
 
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # a name too long, a folder without permission
+        return False
+
+
 def _index(folder: Path) -> tuple[pd.DataFrame, Problems]:
     empty = pd.DataFrame(columns=["path", *LABELS, "split"])
-    if not folder.is_dir():
-        return empty, [("error", str(folder), "this is not a folder.")]
+    try:
+        names = sorted(folder.iterdir())
+    except OSError:
+        return empty, [("error", str(folder), "this is not a folder that can be opened.")]
     labels = folder / "labels.csv"
+    archives = {int(m[1]): p for p in names if (m := _ARCHIVE.fullmatch(p.name))}
     if labels.is_file():
-        return _from_labels(labels, empty)
-    archives = {int(m[1]): p for p in folder.iterdir() if (m := _ARCHIVE.fullmatch(p.name))}
+        index, problems = _from_labels(labels, empty)
+        if archives:
+            what = "labels.csv is here, so the 'Patient N.zip' files are left out."
+            problems.append(("warning", str(folder), what))
+        return index, problems
     if archives:
         return _from_archives(folder, archives, empty)
     what = "it holds neither labels.csv (patient_id, path, ct, nat, severity) nor 'Patient N.zip'."
@@ -118,29 +155,48 @@ def _from_archives(
         patients = cohort.load_cohort("released")
     except CovidMTLError as error:
         return empty, [("error", str(folder), f"the archives need the released labels. {error}")]
-    train, _ = cohort.split(patients)
+    train = set(cohort.split(patients)[0])
     index = patients.loc[patients.index.isin(list(archives)), list(LABELS)].astype("Int64")
     index.insert(0, "path", [str(archives[int(i)]) for i in index.index])
-    index["split"] = ["train" if i in set(train) else "test" for i in index.index]
+    index["split"] = ["train" if i in train else "test" for i in index.index]
     strangers = sorted(set(archives) - set(patients.index))
     missing = len(patients) - len(index)
     problems: Problems = []
     if strangers:
         what = f"not among the {len(patients)} patients of the study, left out: {strangers}."
         problems.append(("warning", str(folder), what))
-    if missing:
+    if not len(index):
+        problems.append(("error", str(folder), "no archive is of a patient of the study."))
+    elif missing:
         what = f"{missing} of the {len(patients)} patients of the study have no archive here."
         problems.append(("warning", str(folder), what))
     return index.set_axis(index.index.astype(str), axis=0), problems
 
 
+def _read_table(path: Path) -> pd.DataFrame:
+    """The cells as text, stripped, by line number; empty lines left out."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        lines = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    lines = [(number, row) for number, row in lines if any(row)]
+    if not lines:
+        raise ValueError("it is empty")
+    header = [name.lower() for name in lines[0][1]]
+    width = len(header)
+    numbers = [number for number, _ in lines[1:]]
+    cells = [(row + [""] * width)[:width] for _, row in lines[1:]]
+    table = pd.DataFrame(cells, numbers, header, dtype=str)
+    # Empty cells beyond the last column are what spreadsheets leave behind.
+    table["cells"] = [min(0, len(r) - width) + len("".join(r[width:])) for _, r in lines[1:]]
+    return table
+
+
 def _from_labels(path: Path, empty: pd.DataFrame) -> tuple[pd.DataFrame, Problems]:
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        return empty, [("error", path.name, f"it cannot be read as a table ({error}).")]
-    table.columns = table.columns.str.strip().str.lower()
-    table = table.apply(lambda column: column.str.strip())
+        table = _read_table(path)
+    except (OSError, ValueError, csv.Error) as error:
+        what = f"it cannot be read as a table ({error}): save it as CSV in UTF-8."
+        return empty, [("error", path.name, what)]
     lacking = [name for name in COLUMNS if name not in table]
     if lacking:
         what = f"it has no column {', '.join(lacking)}; columns are separated by commas."
@@ -153,16 +209,23 @@ def _from_labels(path: Path, empty: pd.DataFrame) -> tuple[pd.DataFrame, Problem
 
     def report(bad: "pd.Series[bool]", what: str) -> None:
         for line, row in table[bad].iterrows():
-            named = f"{path.name}, line {int(str(line)) + 2}"
-            problems.append(("error", named, what.format(**row)))
+            problems.append(("error", f"{path.name}, line {line}", what.format(**row)))
 
+    report(table["cells"] > 0, "it has more cells than the first line.")
+    report(table["cells"] < 0, "it has fewer cells than the first line.")
     ids = table["patient_id"]
-    report(~ids.str.fullmatch(_ID), "patient_id is '{patient_id}'; letters, digits, '.', '_', '-'.")
+    report(
+        ~ids.str.fullmatch(_ID),
+        "patient_id is '{patient_id}'; use up to 64 letters and digits, after the first '._-' too.",
+    )
     report(ids.str.lower().duplicated(), "patient_id '{patient_id}' occurs before.")
     report(table["path"] == "", "patient '{patient_id}' has no path.")
-    named = (table["path"] != "") & table["path"].duplicated()
-    report(named, "the path '{path}' occurs before.")
-    index = pd.DataFrame({"path": [str(path.parent / Path(p).expanduser()) for p in table["path"]]})
+    index = pd.DataFrame(index=table.index)
+    # Unlike Path.expanduser, it leaves the home of an unknown user as it is.
+    home = os.path.expanduser
+    index["path"] = [str(path.parent / home(cell)) if cell else "" for cell in table["path"]]
+    same = index["path"].map(os.path.realpath).duplicated() & (index["path"] != "")
+    report(same, "the scan '{path}' occurs before.")
     for name, allowed in LABELS.items():
         numbers = pd.to_numeric(table[name], errors="coerce")
         wrong = (table[name] != "") & ~numbers.isin(allowed)

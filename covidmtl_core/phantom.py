@@ -48,6 +48,7 @@ class Patient:
         blocked: Is the left main bronchus blocked? Then no airway joins the lungs.
         padding: Value outside the scanner's round field of view in HU; None for no padding.
         field_of_view: Diameter of the round field of view in mm.
+        repeat: Number of the scan; the same patient scanned again has other noise.
     """
 
     seed: int
@@ -65,6 +66,7 @@ class Patient:
     blocked: bool = False
     padding: int | None = None
     field_of_view: float = 390.0
+    repeat: int = 0
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ class _Body:
     ):
         self.patient, self.size, self.spacing, self.device = patient, size, spacing, device
         self.rng = np.random.default_rng([patient.seed, 2])
-        self.generator = torch.Generator(device).manual_seed(patient.seed)
+        self.generator = torch.Generator(device).manual_seed(
+            patient.seed + 1_000_003 * patient.repeat
+        )
         self.axes = [
             (torch.arange(n, device=device, dtype=torch.float32) - (n - 1) / 2) * float(s)
             for n, s in zip(size, spacing, strict=True)

@@ -3,12 +3,15 @@
 The target holds `settings.json`, a folder `scans/<patient_id>/` for each scan (`volume.nii.gz` in
 HU, `lungs.nii.gz`, `scan.json`, `quality.png`), and for all of them `scans.csv`, `features.csv` and
 `quality.html`. A scan's folder appears whole or not at all, so that a run may be killed at any
-time; the next one does what is missing.
+time; the next one does what is missing. A scan whose files were changed since is made again.
+Folders of patients who are no longer listed stay, but are in no table.
 """
 
+import hashlib
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -17,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import SimpleITK as sitk
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
@@ -25,13 +29,16 @@ from covidmtl_core import quality
 from covidmtl_core.boxes import bounds
 from covidmtl_core.claims import write_atomically
 from covidmtl_core.ct import read_ct, resample
-from covidmtl_core.data_folder import load_index
+from covidmtl_core.data_folder import load_index, worker_loss_named
 from covidmtl_core.errors import CovidMTLError, DataError, ParameterError
 from covidmtl_core.radiomics.features import extract_features
+from covidmtl_core.radiomics.names import FEATURE_NAMES
 from covidmtl_core.segmentation import METHODS, segment_lungs
 
 MARGIN_MM = 10.0
 """Around the lungs, in the cropped volumes."""
+
+FILES = ("volume.nii.gz", "lungs.nii.gz", "quality.png", "scan.json")
 
 GIB_A_SCAN = 3.0
 """Memory that a scan at 1 mm takes while it is worked on."""
@@ -64,6 +71,9 @@ def preprocess_scan(
         spacing_mm: Of the voxels wanted; the paper's is 1 mm.
         method: As for `segmentation.segment_lungs`.
         n_jobs: Processes and threads it may use.
+
+    Returns:
+        Volume, lungs, features and measures.
 
     Raises:
         DataError: The scan cannot be read, or no lungs are found in it.
@@ -106,7 +116,8 @@ def preprocess(
 
     Raises:
         DataError: The labels cannot be used, or another run works on the target.
-        ParameterError: Spacing or method cannot be used, or are not those of the target.
+        ParameterError: Spacing or method cannot be used or are not those of the target; or the
+            target holds something else, or the scans.
     """
     source, target = Path(source), Path(target)
     if method not in METHODS:
@@ -114,8 +125,10 @@ def preprocess(
     if not (np.isfinite(spacing_mm) and 0.3 <= spacing_mm <= 10):
         raise ParameterError(f"spacing is {spacing_mm} mm; it must be from 0.3 to 10 mm.")
     index = load_index(source)
-    if target.exists() and not target.is_dir():
-        raise ParameterError(f"{target} is a file; name a folder.")
+    within = [path for path in index["path"] if _is_within(path, target)]
+    if _is_within(str(source), target) or within:
+        which = within[0] if within else source
+        raise ParameterError(f"{which} lies in {target}: write to a folder without scans.")
     try:
         target.mkdir(parents=True, exist_ok=True)
         with FileLock(target / ".lock", timeout=0):
@@ -130,10 +143,14 @@ def preprocess(
         raise DataError(f"{target} cannot be written ({what}); what is done is kept.") from error
 
 
+def _is_within(path: str, folder: Path) -> bool:
+    real, root = os.path.realpath(path), os.path.realpath(folder)
+    return real == root or real.startswith(f"{root}{os.sep}")
+
+
 def _jobs(spacing_mm: float) -> int:
-    pages = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     need = max(0.5, GIB_A_SCAN / spacing_mm**3)
-    return max(1, min(cpu_count(), int(pages / 2**30 / need)))
+    return max(1, min(cpu_count(), int(psutil.virtual_memory().available / 2**30 / need)))
 
 
 def _settle_settings(target: Path, spacing_mm: float, method: str) -> None:
@@ -145,13 +162,13 @@ def _settle_settings(target: Path, spacing_mm: float, method: str) -> None:
     }
     path = target / "settings.json"
     if not path.exists():
-        if (target / "scans").exists():
-            raise ParameterError(f"{target} has scans but no settings.json: name another folder.")
+        if any(entry.name != ".lock" for entry in target.iterdir()):
+            raise ParameterError(f"{target} holds other things: name an empty or a new folder.")
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     try:
         made = dict(json.loads(path.read_text(encoding="utf-8")))
-    except ValueError:
+    except (ValueError, TypeError, OSError):
         raise DataError(f"{path} is damaged: delete {target} or name another folder.") from None
     other = [f"{k} {made.get(k)!r} (now {v!r})" for k, v in settings.items() if made.get(k) != v]
     if other:
@@ -170,16 +187,17 @@ def _work(
     """Make the missing scans ready; patient and reason of each failure."""
     from tqdm.auto import tqdm
 
-    shutil.rmtree(target / ".partial", ignore_errors=True)
-    (target / ".partial").mkdir()
-    (target / "scans").mkdir(exist_ok=True)
+    partial, ready = target / ".partial" / uuid.uuid4().hex, target / "scans"
+    shutil.rmtree(partial.parent, ignore_errors=True)
+    for folder in (partial, ready):
+        folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for patient_id, path in index["path"].items():
-        named = os.path.relpath(path, source)
-        if _source_of(target / "scans" / str(patient_id)) != named:
-            missing.append((str(patient_id), path, named))
-    work = Parallel(n_jobs=jobs, return_as="generator_unordered")(
-        delayed(_try_scan)(target, *scan, spacing_mm, method) for scan in missing
+        origin = {"source": os.path.relpath(path, source), "fingerprint": _fingerprint(path)}
+        if not _is_whole(ready / str(patient_id), origin):
+            missing.append((str(patient_id), path, origin))
+    work = Parallel(n_jobs=max(1, min(jobs, len(missing))), return_as="generator_unordered")(
+        delayed(_try_scan)(partial, *scan, spacing_mm, method) for scan in missing
     )
     bar = tqdm(
         work,
@@ -189,53 +207,72 @@ def _work(
         unit="scan",
         disable=not progress,
     )
-    try:
+    with worker_loss_named("a scan was preprocessed"):
         for patient_id, reason in bar:
-            if reason:
-                if progress:
-                    bar.write(f"patient {patient_id} failed: {reason}")
-                yield patient_id, reason
-    except Exception as error:
-        if type(error).__name__ not in ("TerminatedWorkerError", "BrokenProcessPool"):
-            raise
-        raise CovidMTLError(
-            "A worker process was killed, most likely for want of memory: run again with fewer "
-            f"--jobs than {jobs}; what is done is kept."
-        ) from error
-    shutil.rmtree(target / ".partial", ignore_errors=True)
+            # Only here, under the lock, does a scan's folder appear or go.
+            if (ready / patient_id).exists():
+                (ready / patient_id).replace(partial / f"old-{patient_id}")
+            if not reason:
+                (partial / patient_id).replace(ready / patient_id)
+                continue
+            reason = reason.replace(f"{source}{os.sep}", "")
+            if progress:
+                bar.write(f"patient {patient_id} failed: {reason}")
+            yield patient_id, reason
+    shutil.rmtree(partial.parent, ignore_errors=True)
 
 
-def _source_of(folder: Path) -> str | None:
-    """Path of the scan that a folder was made from, as the labels name it."""
+def _fingerprint(path: str) -> str:
+    """Names, sizes and times of a scan's files: another if one of them was changed."""
+    files = sorted(p for p in Path(path).rglob("*") if p.is_file()) or [Path(path)]
     try:
-        return str(json.loads((folder / "scan.json").read_text(encoding="utf-8"))["source"])
-    except (OSError, ValueError, KeyError):
-        return None
+        stats = [(p.relative_to(path).as_posix(), p.stat()) for p in files]
+    except OSError:
+        return ""
+    text = "\n".join(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_whole(folder: Path, origin: dict[str, str]) -> bool:
+    """Whether a scan's folder has all its files and was made from that scan."""
+    try:
+        record = json.loads((folder / "scan.json").read_text(encoding="utf-8"))
+        made_from = {name: record[name] for name in origin}
+        return (
+            made_from == origin
+            and set(record["features"]) == set(FEATURE_NAMES)
+            and all((folder / name).stat().st_size for name in FILES)
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _try_scan(
-    target: Path, patient_id: str, path: str, named: str, spacing_mm: float, method: str
+    partial: Path,
+    patient_id: str,
+    path: str,
+    origin: dict[str, str],
+    spacing_mm: float,
+    method: str,
 ) -> tuple[str, str]:
-    """Write a scan's folder; the patient and the reason of a failure, if any."""
+    """Write a scan's files into `partial`; the patient and the reason of a failure, if any."""
     try:
         made = preprocess_scan(path, spacing_mm, method)
+        picture = quality.draw(made.volume, made.lungs, patient_id, made.measures)
     except CovidMTLError as error:
         return patient_id, str(error)
     except Exception as error:  # the rest of the cohort goes on
         return patient_id, f"unexpected {type(error).__name__}: {' '.join(str(error).split())}"
-    part = target / ".partial" / f"{patient_id}-{os.getpid()}"
+    part = partial / patient_id
     part.mkdir()
-    sitk.WriteImage(made.volume, part / "volume.nii.gz", useCompression=True)
-    sitk.WriteImage(made.lungs, part / "lungs.nii.gz", useCompression=True)
-    quality.draw(made.volume, made.lungs, patient_id, made.measures, part / "quality.png")
-    record = {"source": named, **made.measures, "features": made.features.to_dict()}
+    for name, image in (("volume", made.volume), ("lungs", made.lungs)):
+        try:
+            sitk.WriteImage(image, part / f"{name}.nii.gz", useCompression=True)
+        except RuntimeError as error:  # ITK's only word for a full disk
+            raise OSError(f"{part / name} could not be written: is the disk full?") from error
+    (part / "quality.png").write_bytes(picture)
+    record = {**origin, **made.measures, "features": made.features.to_dict()}
     (part / "scan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    final = target / "scans" / patient_id
-    if _source_of(final) == named:  # by a worker that outlived its killed run
-        shutil.rmtree(part)
-        return patient_id, ""
-    shutil.rmtree(final, ignore_errors=True)
-    part.replace(final)
     return patient_id, ""
 
 
@@ -247,6 +284,7 @@ def _write_tables(index: pd.DataFrame, target: Path, failures: dict[str, str]) -
             path = target / "scans" / str(patient_id) / "scan.json"
             record = json.loads(path.read_text(encoding="utf-8"))
             features[patient_id] = record.pop("features")
+            del record["fingerprint"]
             row = {"state": "ready", "reason": "", **record}
         rows.append(row)
     scans = index.drop(columns="path").join(pd.DataFrame(rows, index=index.index)).convert_dtypes()

@@ -1,7 +1,7 @@
 """A look at each preprocessed scan: measures, remarks, a picture, and a page of all."""
 
 import html
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ EXPECTED = {
     "median_hu": (-960, -550),
     "slice_mm": (0, 5),
 }
-"""Ranges beyond which a scan gets a remark: to be looked at, not to be left out."""
+"""Ranges beyond which a scan gets a remark, chosen to make one look twice, not to leave it out."""
 
 
 def measure(image: sitk.Image, lungs: sitk.Image, raw: sitk.Image) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def _remarks(found: dict[str, Any], labels: "np.ndarray[Any, np.dtype[np.uint8]]
         remarks.append(f"One lung holds {sides[0]:.0f} ml, the other {sides[1]:.0f} ml.")
     low, high = EXPECTED["median_hu"]
     if not low <= found["median_hu"] <= high:
-        remarks.append(f"Half of the lungs lies below {found['median_hu']:.0f} HU.")
+        remarks.append(f"The median density is {found['median_hu']:.0f} HU.")
     if found["slice_mm"] > EXPECTED["slice_mm"][1]:
         remarks.append(f"The slices are {found['slice_mm']:g} mm apart.")
     inside = labels > 0
@@ -74,10 +74,8 @@ def _remarks(found: dict[str, Any], labels: "np.ndarray[Any, np.dtype[np.uint8]]
     return remarks
 
 
-def draw(
-    volume: sitk.Image, lungs: sitk.Image, title: str, measures: dict[str, Any], path: Path
-) -> None:
-    """Three planes through the middle of the lungs with their outlines, and their histogram."""
+def draw(volume: sitk.Image, lungs: sitk.Image, title: str, measures: dict[str, Any]) -> bytes:
+    """A PNG: three planes through the lungs with their outlines, and the histogram of HU."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -113,7 +111,7 @@ def draw(
             axes[3].hist(
                 inside,
                 120,
-                (-1024, 200),
+                range=(-1024, 200),
                 density=True,
                 histtype="step",
                 color=colours[label],
@@ -126,7 +124,9 @@ def draw(
     median = f"{measures['median_hu']:.0f}".replace("-", "−")
     heading = f"{title}: lungs {measures['lungs_ml']:.0f} ml, median {median} HU"
     figure.suptitle("\n".join(filter(None, [f"{heading}; {facts}", measures["remarks"]])))
-    figure.savefig(path, metadata={"Software": None})
+    picture = BytesIO()
+    figure.savefig(picture, metadata={"Software": None})
+    return picture.getvalue()
 
 
 def overview(scans: pd.DataFrame) -> str:

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from covidmtl_core import evaluation
+from covidmtl_core import evaluation, preprocessing, quality
 from covidmtl_core.dicom import write_series
 from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.phantom import draw_patient, make_phantom
@@ -110,14 +110,14 @@ def test_killed_at_random_points_it_ends_with_the_same_folder(
     command = [sys.executable, "-c", program, "preprocess", str(source), str(target)]
     command += ["--spacing", str(SPACING), "--jobs", "1"]
     draw = random.Random(7)
-    for done_before in (0, 0, 1, 2):
+    for done_before in (0, 0, 0, 0, 1, 1, 1, 2, 2, 2):
         run = subprocess.Popen(
             command, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline and _ready(target) < done_before:
             time.sleep(0.02)
-        time.sleep(draw.uniform(0, 1.5))
+        time.sleep(draw.uniform(0, 1 if done_before else 3))
         os.killpg(run.pid, signal.SIGKILL)
         assert run.wait() == -signal.SIGKILL, "the run ended before it was killed"
     assert 2 <= _ready(target) < 5
@@ -127,6 +127,60 @@ def test_killed_at_random_points_it_ends_with_the_same_folder(
 
 def _ready(target: Path) -> int:
     return len(list((target / "scans").glob("*")))
+
+
+def test_a_scan_that_cannot_be_drawn_fails_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise ZeroDivisionError("no picture")
+
+    monkeypatch.setattr(quality, "draw", refuse)
+    made = preprocessing._try_scan(tmp_path, "p1", str(source / "scan 1"), {}, SPACING, "refined")
+    assert made == ("p1", "unexpected ZeroDivisionError: no picture")
+
+
+def test_changed_or_damaged_scans_are_made_again(source: Path, done: Path, tmp_path: Path) -> None:
+    shutil.copytree(source, tmp_path / "source")
+    shutil.copytree(done, tmp_path / "target")
+    before = contents(tmp_path / "target")
+    scans = tmp_path / "target" / "scans"
+    (scans / "p1" / "volume.nii.gz").write_bytes(b"")
+    (scans / "p2" / "scan.json").write_text("[]")
+    (scans / "p3" / "lungs.nii.gz").unlink()
+    preprocess(tmp_path / "source", tmp_path / "target", SPACING)
+    assert contents(tmp_path / "target") == before
+    shutil.rmtree(tmp_path / "source" / "scan 4")
+    shutil.copytree(tmp_path / "source" / "scan 3", tmp_path / "source" / "scan 4")
+    (tmp_path / "source" / "scan 4").joinpath("new").touch()
+    shutil.rmtree(tmp_path / "source" / "scan 2")
+    table = preprocess(tmp_path / "source", tmp_path / "target", SPACING)
+    assert table.loc["p4", "lungs_ml"] == table.loc["p3", "lungs_ml"]
+    assert table.loc["p2", "state"] == "failed" and not (scans / "p2").exists()
+
+
+def test_nothing_of_the_readers_is_overwritten(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "features.csv").write_text("mine")
+    with pytest.raises(ParameterError, match="holds other things"):
+        preprocess(source, tmp_path, SPACING)
+    for target in (source, source.parent):
+        with pytest.raises(ParameterError, match="lies in"):
+            preprocess(source, target, SPACING)
+    assert (tmp_path / "features.csv").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_sentence(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("itk::ERROR: NiftiImageIO")
+
+    monkeypatch.setattr(sitk, "WriteImage", fail)
+    monkeypatch.setattr(
+        preprocessing, "Parallel", lambda **_: lambda calls: (f(*a, **k) for f, a, k in calls)
+    )
+    with pytest.raises(DataError, match="cannot be written"):
+        preprocess(source, tmp_path / "target", SPACING)
 
 
 def test_two_runs_at_once_are_refused(source: Path, done: Path) -> None:

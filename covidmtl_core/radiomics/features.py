@@ -2,6 +2,8 @@
 
 import logging
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -19,7 +21,7 @@ BIN_WIDTH = 25
 WAVELET = "coif1"
 
 HIGHEST = 32_700
-"""HU + 1024, above which nothing is told apart; pyradiomics' bins overflow a little higher."""
+"""Of HU + 1024; larger values count as this, since pyradiomics' 16-bit bin edges overflow."""
 
 _MARGIN = 4
 """Voxels around the lungs; the wavelet reaches three."""
@@ -34,7 +36,8 @@ def extract_features(
     took every voxel above 0. Here the array is cropped to the lungs, which changes no value.
 
     Args:
-        image: HU; the paper's voxels are 1 mm.
+        image: HU; axial, upright (LPS) and in voxels of 1 mm for the paper's numbers: sub-bands and
+            textures know directions and neighbours, not mm.
         mask: The lungs, above 0, in the image's grid.
         backend: `fast`, compiled loops; or `pyradiomics`, the reference, whose values they equal.
         n_jobs: Threads of `fast`; None takes one for each core.
@@ -44,7 +47,8 @@ def extract_features(
         or a run in any direction are NaN.
 
     Raises:
-        DataError: The mask is empty, fills the image, lies on one line, or is in another grid.
+        DataError: The mask is empty, fills the image, lies on one line or is in another grid; or
+            lung voxels are not numbers or lie below -1024 HU.
         MissingDependencyError: The backend's package is not installed.
         ParameterError: The backend is unknown, or these are not 3D images of one number a voxel.
     """
@@ -53,7 +57,10 @@ def extract_features(
     if n_jobs is not None and (not isinstance(n_jobs, int) or n_jobs < 1):
         raise ParameterError(f"n_jobs is {n_jobs!r}; give a number from 1, or None.")
     lungs = masked_lungs(image, mask)
-    found = _by_pyradiomics(lungs) if backend == "pyradiomics" else _by_kernels(lungs, n_jobs)
+    if backend == "pyradiomics":
+        found = _by_pyradiomics(lungs)
+    else:
+        found = _kernels().extract(lungs, BIN_WIDTH, n_jobs)
     return pd.Series(found, dtype=float)[list(FEATURE_NAMES)]
 
 
@@ -65,9 +72,8 @@ def overwritten_features(image: sitk.Image, mask: sitk.Image) -> pd.Series:
     Returns:
         float64, by name; the same names hold the zones' values in `extract_features`.
     """
-    from covidmtl_core.radiomics import _fast
-
-    return pd.Series(_fast.overwritten(masked_lungs(image, mask), BIN_WIDTH), dtype=float)
+    lost = _kernels().overwritten(masked_lungs(image, mask), BIN_WIDTH)
+    return pd.Series(lost, dtype=float)
 
 
 def sub_bands(image: sitk.Image, mask: sitk.Image) -> dict[str, NDArray[np.float64]]:
@@ -79,12 +85,8 @@ def sub_bands(image: sitk.Image, mask: sitk.Image) -> dict[str, NDArray[np.float
         By name (letters for x, y and z; L low-pass, H high-pass), each (z, y, x), on the lungs'
         box with its margin, as `masked_lungs` returns it.
     """
-    from concurrent.futures import ThreadPoolExecutor
-
-    from covidmtl_core.radiomics import _fast
-
     with ThreadPoolExecutor() as pool:
-        return dict(_fast.sub_bands(masked_lungs(image, mask), pool))
+        return dict(_kernels().sub_bands(masked_lungs(image, mask), pool))
 
 
 def masked_lungs(image: sitk.Image, mask: sitk.Image) -> NDArray[np.int16]:
@@ -141,7 +143,8 @@ def check_mask(image: sitk.Image, mask: sitk.Image) -> None:
         raise DataError("The mask is empty: it holds no lung voxel.")
 
 
-def _by_kernels(lungs: NDArray[np.int16], n_jobs: int | None) -> dict[str, float]:
+def _kernels() -> ModuleType:
+    """The fast extractor, whose packages only some users have."""
     try:
         from covidmtl_core.radiomics import _fast
     except ImportError as error:
@@ -149,7 +152,7 @@ def _by_kernels(lungs: NDArray[np.int16], n_jobs: int | None) -> dict[str, float
             "Extracting features needs numba, connected-components-3d and joblib: "
             "pip install covidmtl-core[volumes]."
         ) from error
-    return _fast.extract(lungs, BIN_WIDTH, n_jobs)
+    return _fast
 
 
 def _by_pyradiomics(lungs: NDArray[np.int16]) -> dict[str, float]:

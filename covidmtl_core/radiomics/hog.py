@@ -4,7 +4,7 @@ import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
-from covidmtl_core.errors import ParameterError
+from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.radiomics.features import check_mask
 
 ORIENTATIONS = 32
@@ -17,11 +17,12 @@ N_COMPONENTS = 375
 
 
 def extract_hog(image: sitk.Image, mask: sitk.Image) -> NDArray[np.float64]:
-    """Gradient directions in the axial slice in which the lungs are largest.
+    """Gradient orientations in the axial slice in which the lungs are largest.
 
-    The paper prints the number of orientations only. Here the slice, HU + 1024 with 0 outside the
-    lungs, lies in a frame of 320 x 384 mm around them, with cells of 32 mm and blocks of 2 x 2
-    cells (Dalal and Triggs 2005).
+    Over half a turn, rise and fall alike, each weighted by its steepness. The paper prints the
+    number of orientations only. Here the slice, HU + 1024 with 0 outside the lungs, lies in a frame
+    of 320 x 384 mm around them, with cells of 32 mm and blocks of 2 x 2 cells (Dalal and Triggs
+    2005).
 
     Args:
         image: HU, axial.
@@ -31,14 +32,16 @@ def extract_hog(image: sitk.Image, mask: sitk.Image) -> NDArray[np.float64]:
         (12672,): the blocks' histograms, of the same length for every scan.
 
     Raises:
-        DataError: The mask is empty or in another grid.
+        DataError: The mask is empty or in another grid, or lung voxels are not numbers.
     """
     from skimage.feature import hog
 
     check_mask(image, mask)
     inside = sitk.GetArrayViewFromImage(mask) > 0
     z = int(inside.sum(axis=(1, 2)).argmax())
-    plane = (np.clip(sitk.GetArrayViewFromImage(image)[z] + 1024.0, 0, None)) * inside[z]
+    plane = np.where(inside[z], sitk.GetArrayViewFromImage(image)[z] + 1024.0, 0).clip(0)
+    if not np.isfinite(plane).all():
+        raise DataError("The image holds values inside the lungs that are not numbers.")
     cell = [max(2, round(CELL_MM / s)) for s in image.GetSpacing()[1::-1]]
     frame = np.zeros([n * c for n, c in zip(CELLS, cell, strict=True)])
     source, target = [], []

@@ -1,3 +1,4 @@
+import sys
 import warnings
 from pathlib import Path
 
@@ -17,15 +18,25 @@ from covidmtl_core.radiomics.features import (
     overwritten_features,
     sub_bands,
 )
-from covidmtl_core.radiomics.names import FEATURE_NAMES, WAVELET_GLCM
+from covidmtl_core.radiomics.names import FEATURE_NAMES
 from covidmtl_core.segmentation import segment_lungs
 
 needs_pyradiomics = pytest.mark.usefixtures("pyradiomics")
 
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+
 @pytest.fixture(scope="module")
 def pyradiomics() -> None:
     pytest.importorskip("radiomics", reason="pyradiomics is not installed")
+
+
+def as_released(image: sitk.Image, mask: sitk.Image) -> pd.Series:
+    """The plain reference; imported late, since it needs pyradiomics."""
+    from plain_features import as_released
+
+    return as_released(image, mask)
 
 
 @pytest.fixture(scope="module")
@@ -39,33 +50,6 @@ def scan_of(
     """An image of HU and its mask, from HU + 1024."""
     image = sitk.GetImageFromArray(voxels.astype(np.int16) - np.int16(1024))
     return image, sitk.GetImageFromArray(inside.astype(np.uint8))
-
-
-def as_released(image: sitk.Image, mask: sitk.Image) -> pd.Series:
-    """pyradiomics on the whole volume, one family of sub-bands after the other."""
-    from radiomics.featureextractor import RadiomicsFeatureExtractor
-
-    inside = sitk.GetArrayFromImage(mask) > 0
-    volume = sitk.GetImageFromArray((sitk.GetArrayFromImage(image) + np.int16(1024)) * inside)
-    found = {}
-    for families in (
-        {"firstorder": [], "glcm": [], "glrlm": []},
-        {"glszm": []},
-        {"glcm": list(WAVELET_GLCM)},
-        {"glrlm": []},
-    ):
-        extractor = RadiomicsFeatureExtractor(binWidth=25)
-        if len(families) == 1 and "glszm" not in families:
-            extractor.disableAllImageTypes()
-            extractor.enableImageTypeByName("Wavelet", customArgs={"wavelet": "coif1"})
-        extractor.disableAllFeatures()
-        extractor.enableFeaturesByName(**families)
-        for name, value in extractor.execute(volume, sitk.Cast(volume > 0, sitk.sitkUInt8)).items():
-            if "diagnostics" not in name:
-                kind, family, feature = name.split("_")
-                band = "" if kind == "original" else f"{kind.removeprefix('wavelet-')}_{family}_"
-                found[band + feature] = float(value)
-    return pd.Series(found)
 
 
 def assert_same(found: pd.Series, expected: pd.Series) -> None:
@@ -200,7 +184,7 @@ def test_real_scans_and_the_ibsi_phantom_come_out_alike(name: str, ct_folder: Pa
     else:
         scan = resample(read_ct(ct_folder / name), 4.0)
         lungs = segment_lungs(scan)
-    assert_same(extract_features(scan, lungs), extract_features(scan, lungs, "pyradiomics"))
+    assert_same(extract_features(scan, lungs), as_released(scan, lungs))
 
 
 def test_what_cannot_be_measured_is_named(scan: Phantom) -> None:

@@ -46,8 +46,14 @@ def test_lungs_larger_than_the_frame_are_cut() -> None:
     assert np.isfinite(extract_hog(*scan_of(ramp(True, 300)))).all()
 
 
-def test_empty_masks_are_named() -> None:
+def test_unusable_scans_are_named() -> None:
     image, mask = scan_of(ramp(True))
+    holed = sitk.Cast(image, sitk.sitkFloat32)
+    holed[0, 0, 1] = np.nan
+    assert_allclose(extract_hog(holed, mask), extract_hog(image, mask))
+    holed[80, 80, 1] = np.nan
+    with pytest.raises(DataError, match="not numbers"):
+        extract_hog(holed, mask)
     with pytest.raises(DataError, match="empty"):
         extract_hog(image, mask * 0)
 

@@ -51,6 +51,7 @@ def test_the_stored_correlations_cover_all_features() -> None:
     table = stability.correlations()
     assert list(table.columns) == list(stability.CONDITIONS)
     assert set(table.index) == set(FEATURE_NAMES) and (table.max() <= 1).all()
+    assert table.index[table.isna().any(axis=1)].isin(["Minimum"]).all()
 
 
 def test_a_patient_of_the_cohort_lies_inside_it() -> None:
