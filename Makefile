@@ -33,7 +33,7 @@ notebooks: $(READY)
 
 # Measure the phantom cohort's features again, after the generator or the segmentation changed.
 phantoms: $(READY)
-	@echo "Scanning and measuring 304 phantoms, 12 of them four times more: about 20 minutes on 2 cores."
+	@echo "Scanning and measuring 304 phantoms, 12 of them five times more: about 25 minutes on 2 cores."
 	OMP_NUM_THREADS=1 $(BIN)/python -c "from covidmtl_core import phantom_cohort as p; p.write_table()"
 	OMP_NUM_THREADS=1 $(BIN)/python -c "from covidmtl_core.radiomics import stability as s; s.write_table()"
 
