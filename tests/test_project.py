@@ -127,3 +127,21 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
     subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "site")], check=True, cwd=tmp_path
     )
+
+
+@pytest.mark.parametrize(
+    ("record", "figure", "least", "most"),
+    [
+        ("segmentation_speed", "released against plain", 15, 1000),
+        ("segmentation_speed", "voxels that differ", 0, 0),
+        ("features_speed", "fast against released", 10, 1000),
+        ("features_speed", "peak memory of fast, GiB", 0, 3),
+        ("features_speed", "largest relative difference", 0, 1e-8),
+    ],
+)
+def test_recorded_figures_keep_what_was_promised(
+    record: str, figure: str, least: float, most: float
+) -> None:
+    recorded = book.recorded(record)
+    assert recorded is not None and least <= recorded[figure] <= most
+    assert not recorded["commit"].endswith("-dirty"), "measure at a clean commit"
