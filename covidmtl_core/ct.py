@@ -193,7 +193,7 @@ def resample(
         raise ParameterError(
             f"interpolation is {interpolation!r}; it must be one of {', '.join(_INTERPOLATORS)}."
         )
-    _check_3d(image)
+    check_image(image)
     try:
         target = np.broadcast_to(np.asarray(spacing_mm, float), 3)
     except (TypeError, ValueError):
@@ -225,11 +225,21 @@ def resample(
     return sitk.Cast(sitk.Round(done), pixel) if whole else done
 
 
-def _check_3d(image: sitk.Image) -> None:
-    if not isinstance(image, sitk.Image) or image.GetDimension() != 3:
-        raise ParameterError("the image is not 3D; a 3D SimpleITK image is needed.")
-    if image.GetNumberOfComponentsPerPixel() != 1 or "complex" in image.GetPixelIDTypeAsString():
-        raise ParameterError("the image holds colours or vectors; one number a voxel is needed.")
+def check_image(image: sitk.Image, name: str = "image") -> None:
+    """Refuse what is not a 3D image with one real number a voxel.
+
+    Raises:
+        ParameterError: It is not; the message has the name.
+    """
+    if not isinstance(image, sitk.Image):
+        what = f"is a {type(image).__name__}, not a SimpleITK image"
+        raise ParameterError(f"The {name} {what}; a 3D image is needed.")
+    kind = image.GetPixelIDTypeAsString()
+    if image.GetDimension() != 3 or " of " in kind:  # labels, vectors, complex numbers
+        raise ParameterError(
+            f"The {name} has {image.GetDimension()} dimensions of type '{kind}'; a 3D image with "
+            "one number a voxel is needed."
+        )
 
 
 def _float_for(pixel: int) -> int:
@@ -271,7 +281,7 @@ def write_volume(image: sitk.Image, path: str | os.PathLike[str]) -> None:
     Raises:
         ParameterError: The image is not 3D or a value cannot be kept in 16 bits.
     """
-    _check_3d(image)
+    check_image(image)
     path = checked_path(path)
     if np.linalg.det(np.array(image.GetDirection()).reshape(3, 3)) < 0:
         image = image[:, :, ::-1]

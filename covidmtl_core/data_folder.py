@@ -65,13 +65,13 @@ def check(
         keeps `preprocess` from starting; one in a scan only leaves that scan out.
     """
     index, problems = _index(Path(folder))
-    named = [(str(i), path) for i, path in index["path"].items() if path]
-    there = [(i, path) for i, path in named if _exists(path)]
-    problems += [
-        ("error", f"patient {i}", f"{path} does not exist: correct the path.")
-        for i, path in named
-        if (i, path) not in there
-    ]
+    there = []
+    for patient_id, path in index["path"].items():
+        if path and _exists(path):
+            there.append((str(patient_id), path))
+        elif path:
+            what = f"{path} does not exist: correct the path."
+            problems.append(("error", f"patient {patient_id}", what))
     if read and len(there):
         from tqdm.auto import tqdm
 

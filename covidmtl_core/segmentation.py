@@ -16,7 +16,7 @@ from scipy import ndimage
 
 from covidmtl_core import _released_segmentation as released
 from covidmtl_core.boxes import bounds
-from covidmtl_core.ct import same_grid
+from covidmtl_core.ct import check_image, same_grid
 from covidmtl_core.errors import DataError, ParameterError
 
 RIGHT, LEFT = 1, 2
@@ -77,8 +77,7 @@ def segment_lungs(
         raise ParameterError(
             f"method is {method!r}; it must be one of {', '.join(METHODS)}, or a function."
         )
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise ParameterError(f"The image has {image.GetDimension()} dimensions; 3 are needed.")
+    check_image(image)
     code = sitk.DICOMOrientImageFilter.GetOrientationFromDirectionCosines(image.GetDirection())
     upright = image if code == "LPS" else sitk.DICOMOrient(image, "LPS")
     spacing = upright.GetSpacing()[::-1]

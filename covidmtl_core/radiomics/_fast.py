@@ -46,19 +46,19 @@ def extract(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None = No
     box = bounds(inside)
     inside = np.ascontiguousarray(inside[box])
     with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
-        meeting = [d for d in DIRECTIONS if _meets_twice(inside, d)]
+        kept = np.array([_meets_twice(inside, d) for d in DIRECTIONS])
         image, levels = _discretised(volume[box], inside, bin_width, pool)
         counts = np.bincount(image.ravel())[1:]
         found = _first_order(volume[box][inside], counts / counts.sum())
         pairs, runs = _counted(image, len(levels), pool)
-        found |= _of_pairs(pairs, levels) | _of_runs(runs, levels, meeting)
+        found |= _of_pairs(pairs, levels) | _of_runs(runs, levels, kept)
         found |= _of_zones(image[1:-1, 1:-1, 1:-1], levels)
         for band, values in sub_bands(volume, pool):
             image, levels = _discretised(values[box], inside, bin_width, pool)
             pairs, runs = _counted(image, len(levels), pool)
             textures = _of_pairs(pairs, levels, with_mcc=False)
             found |= {f"{band}_glcm_{name}": value for name, value in textures.items()}
-            textures = _of_runs(runs, levels, meeting)
+            textures = _of_runs(runs, levels, kept)
             found |= {f"{band}_glrlm_{name}": value for name, value in textures.items()}
     return found
 
@@ -71,7 +71,8 @@ def overwritten(volume: NDArray[np.int16], bin_width: float, n_jobs: int | None 
     with ThreadPoolExecutor(n_jobs or cpu_count()) as pool:
         image, levels = _discretised(volume[box], inside, bin_width, pool)
         _, runs = _counted(image, len(levels), pool)
-    found = _of_runs(runs, levels, [d for d in DIRECTIONS if _meets_twice(inside, d)])
+    kept = np.array([_meets_twice(inside, d) for d in DIRECTIONS])
+    found = _of_runs(runs, levels, kept)
     return {name: found[name] for name in GLRLM if name in GLSZM}
 
 
@@ -289,17 +290,16 @@ def _maximal_correlation(p: Values, px: Values, py: Values) -> Values:
     return values.real
 
 
-def _of_runs(counts: Values, levels: Values, meeting: list[Values]) -> Features:
+def _of_runs(counts: Values, levels: Values, kept: Mask) -> Features:
     """Runs of one grey level (GLRLM); means over the directions.
 
     Args:
         counts: (levels, lengths, directions).
         levels: The grey levels that occur.
-        meeting: The directions that count.
+        kept: Which directions count.
     """
-    if not meeting:
+    if not kept.any():
         return dict.fromkeys(GLRLM, np.nan)
-    kept = (DIRECTIONS[:, None] == meeting).all(axis=2).any(axis=1)
     counts = counts[:, :, kept]
     lengths = np.flatnonzero(counts.any(axis=(0, 2)))
     counts = counts[:, lengths]

@@ -21,22 +21,16 @@ COIF1_LOW = np.array(_LOW)
 
 COIF1_HIGH = np.array([-_LOW[5], _LOW[4], -_LOW[3], _LOW[2], -_LOW[1], _LOW[0]])
 
+_END = np.array([2, 1, 0, 3, 4, 5])
+_LOW_AT_END, _HIGH_AT_END = COIF1_LOW[_END], COIF1_HIGH[_END]
+"""At the far end of an axis PyWavelets adds the third term first; rounding shows it."""
+
 
 @njit(nogil=True, cache=True)
 def _combine(
-    a: Line,
-    b: Line,
-    c: Line,
-    d: Line,
-    e: Line,
-    f: Line,
-    t0: float,
-    t1: float,
-    t2: float,
-    taps: Line,
-    target: Line,
+    a: Line, b: Line, c: Line, d: Line, e: Line, f: Line, taps: Line, target: Line
 ) -> None:
-    t3, t4, t5 = taps[3], taps[4], taps[5]
+    t0, t1, t2, t3, t4, t5 = taps
     for x in range(len(target)):
         target[x] = t0 * a[x] + t1 * b[x] + t2 * c[x] + t3 * d[x] + t4 * e[x] + t5 * f[x]
 
@@ -52,8 +46,7 @@ def filter_axis(
 ) -> None:
     """Undecimated coif1 step along an axis, periodic, for the planes from start to stop.
 
-    Terms are added in the order in which PyWavelets adds them, for the same bits: at the far end
-    the third of them comes first.
+    Terms are added in the order in which PyWavelets adds them, for the same bits.
     """
     depth, height, width = source.shape
     line = np.empty(width + 5)
@@ -83,26 +76,17 @@ def filter_axis(
                 )
                 d, e, f = source[z, y], source[(z - 1) % depth, y], source[(z - 2) % depth, y]
                 last = z == depth - 1
-            for taps, target in ((COIF1_LOW, low[z, y]), (COIF1_HIGH, high[z, y])):
-                if last:
-                    _combine(c, b, a, d, e, f, taps[2], taps[1], taps[0], taps, target)
-                else:
-                    _combine(a, b, c, d, e, f, taps[0], taps[1], taps[2], taps, target)
-                if axis == 2:
-                    end = slice(width - 1, width)
-                    _combine(
-                        c[end],
-                        b[end],
-                        a[end],
-                        d[end],
-                        e[end],
-                        f[end],
-                        taps[2],
-                        taps[1],
-                        taps[0],
-                        taps,
-                        target[end],
-                    )
+            if last:
+                _combine(c, b, a, d, e, f, _LOW_AT_END, low[z, y])
+                _combine(c, b, a, d, e, f, _HIGH_AT_END, high[z, y])
+            else:
+                _combine(a, b, c, d, e, f, COIF1_LOW, low[z, y])
+                _combine(a, b, c, d, e, f, COIF1_HIGH, high[z, y])
+            if axis == 2:
+                x = width - 1
+                a, b, c, d, e, f = a[x:], b[x:], c[x:], d[x:], e[x:], f[x:]
+                _combine(c, b, a, d, e, f, _LOW_AT_END, low[z, y, x:])
+                _combine(c, b, a, d, e, f, _HIGH_AT_END, high[z, y, x:])
 
 
 @njit(nogil=True, cache=True)

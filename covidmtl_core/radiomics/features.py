@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from covidmtl_core.boxes import bounds
-from covidmtl_core.ct import same_grid
+from covidmtl_core.ct import check_image, same_grid
 from covidmtl_core.errors import DataError, MissingDependencyError, ParameterError
 from covidmtl_core.radiomics.names import FEATURE_NAMES, WAVELET_GLCM
 
@@ -125,15 +125,8 @@ def check_mask(image: sitk.Image, mask: sitk.Image) -> None:
         DataError: It is.
         ParameterError: These are not two 3D images with one real number a voxel.
     """
-    for name, given in (("image", image), ("mask", mask)):
-        if not isinstance(given, sitk.Image):
-            raise ParameterError(f"The {name} is a {type(given).__name__}, not a SimpleITK image.")
-        kind = given.GetPixelIDTypeAsString()
-        if given.GetDimension() != 3 or " of " in kind:  # labels, vectors, complex numbers
-            raise ParameterError(
-                f"The {name} has {given.GetDimension()} dimensions of type '{kind}'; three "
-                "dimensions with one number a voxel are needed."
-            )
+    check_image(image)
+    check_image(mask, "mask")
     if not same_grid(mask, image):
         raise DataError(
             f"The mask, of {mask.GetSize()} voxels, is not in the grid of the image, of "
