@@ -5,15 +5,11 @@ medians, after one uncounted call of `fast` that compiles it. The phantom has ab
 voxels at 1 mm. The figures go to book/recorded, where the chapter on features shows them.
 """
 
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib import metadata
 from pathlib import Path
 
 import SimpleITK as sitk
@@ -21,8 +17,8 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).parent))
 
 from plain_features import as_released
+from recording import record
 
-from covidmtl_core import book
 from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
 from covidmtl_core.radiomics.features import extract_features
 
@@ -71,14 +67,8 @@ def main(rounds: int) -> None:
         "peak memory of fast, GiB": round(peak, 2),
         "largest relative difference": float(f"{((fast - reference) / reference).abs().max():.1e}"),
         "rounds": rounds,
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "versions": {n: metadata.version(n) for n in ("numba", "numpy", "pyradiomics")},
-        "commit": book.commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    target = Path(__file__).parents[2] / "book" / "recorded" / "features_speed.json"
-    target.write_text(json.dumps(figures, indent=2) + "\n")
-    print(target.read_text())
+    record("features_speed", figures, ("numba", "numpy", "pyradiomics"))
 
 
 if __name__ == "__main__":

@@ -5,14 +5,10 @@ interleaved, medians; worker processes are warm after the first round, which is 
 figures go to book/recorded, where the chapter on segmentation shows them.
 """
 
-import json
-import os
-import platform
 import statistics
 import sys
 import time
 import warnings
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +17,8 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).parent))
 
 import plain_segmentation as plain
+from recording import record
 
-from covidmtl_core import book
 from covidmtl_core.phantom import draw_patient, make_phantom
 from covidmtl_core.segmentation import segment_lungs
 
@@ -59,15 +55,8 @@ def main(rounds: int) -> None:
         "refined against released": round(median["released"] / median["refined"], 1),
         "voxels that differ": int((masks["plain"] != masks["released"]).sum()),
         "rounds": rounds,
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
-        "versions": {n: metadata.version(n) for n in ("numpy", "scikit-image", "SimpleITK", "edt")},
-        "commit": book.commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    target = Path(__file__).parents[2] / "book" / "recorded" / "segmentation_speed.json"
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(figures, indent=2) + "\n")
-    print(target.read_text())
+    record("segmentation_speed", figures, ("numpy", "scikit-image", "SimpleITK", "edt"))
 
 
 if __name__ == "__main__":
