@@ -50,6 +50,10 @@ SIZES = {
     "n_seeds": {"phantom": 10, "released": 10, "volumes": 10},
     "n_phantoms": {"phantom": 3, "released": 24, "volumes": 24},
     "n_scans": {"phantom": 8, "released": 48, "volumes": 48},
+    "n_volumes": {"phantom": 12, "released": 48, "volumes": 48},
+    "n_runs": {"phantom": 2, "released": 8, "volumes": 8},
+    "n_epochs": {"phantom": 3, "released": 16, "volumes": 16},
+    "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }
 """What a size that a chapter leaves at None becomes: the paper's, or a quick one on phantoms."""

@@ -3,6 +3,16 @@
 Colours are Okabe and Ito's (Color Universal Design, 2008).
 """
 
+import base64
+import html
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from IPython.display import HTML
+    from matplotlib.figure import Figure
+
 PALETTE = {
     "blue": "#0072B2",
     "orange": "#E69F00",
@@ -54,3 +64,37 @@ def apply() -> None:
         },
     )
     set_matplotlib_formats("retina")
+
+
+def scrubber(figures: "Sequence[Figure]", labels: Sequence[str], alt: str) -> "HTML":
+    """Pictures under a slider that needs neither kernel nor network.
+
+    Args:
+        figures: One for each place of the slider, of the same size; they are closed.
+        labels: What is shown beside the slider at each place.
+        alt: Alternative text of all pictures.
+    """
+    from IPython.display import HTML
+    from matplotlib import pyplot as plt
+
+    first, images = len(figures) // 2, []
+    for place, (figure, label) in enumerate(zip(figures, labels, strict=True)):
+        png = io.BytesIO()
+        figure.savefig(png, format="png")
+        plt.close(figure)
+        shown = "block" if place == first else "none"
+        images.append(
+            f'<img alt="{html.escape(alt)}" title="{html.escape(label)}" '
+            f'style="display:{shown};max-width:100%;height:auto" '
+            f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+        )
+    move = (
+        "const box = this.closest('.scrubber'), all = box.querySelectorAll('img');"
+        "all.forEach((image, k) => image.style.display = k == this.value ? 'block' : 'none');"
+        "box.querySelector('output').textContent = all[this.value].title"
+    )
+    return HTML(
+        f'<div class="scrubber">{"".join(images)}<label><input type="range" min="0" '
+        f'max="{len(images) - 1}" value="{first}" aria-label="{html.escape(alt)}" '
+        f'oninput="{move}"> <output>{html.escape(labels[first])}</output></label></div>'
+    )

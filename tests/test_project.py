@@ -137,6 +137,16 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
         ("features_speed", "fast against released", 10, 1000),
         ("features_speed", "peak memory of fast, GiB", 0, 3),
         ("features_speed", "largest relative difference", 0, 1e-8),
+        ("shift3d_speed", "fast, every sample, against two clones", 0, 1.2),
+        ("shift3d_speed", "fast, 1 sample, against two clones", 0, 1.1),
+        ("shift3d_speed", "plain, every sample, against two clones", 0, 2.5),
+        ("shift3d_speed", "plain, 1 sample, against two clones", 0, 1.6),
+        ("shift3d_speed", "loop against fast", 100, 10_000),
+        ("shift3d_speed", "fused stem against ReLU and max-pool", 0, 0.4),
+        ("models_speed", "training step against plain", 0, 0.9),
+        ("models_speed", "peak memory against plain", 0, 0.9),
+        ("models_speed", "inference against plain", 0, 0.55),
+        ("models_speed", "one multitask against three single-task", 0, 0.36),
     ],
 )
 def test_recorded_figures_keep_what_was_promised(

@@ -42,11 +42,9 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         """(N, C, D, H, W) to (N, 64, ceil(D / 4), ceil(H / 4), ceil(W / 4))."""
-        shifts = (
-            self.shift.draw((x.shape[0], self.conv.conv.out_channels, *halved(x)))
-            if self.shift
-            else None
-        )
+        shifts = None
+        if self.shift is not None and self.training:
+            shifts = self.shift.draw((len(x), self.conv.conv.out_channels, *halved(x)))
         return run(self._pooled, self, checkpointing, x, shifts)
 
     def _pooled(self, x: Tensor, shifts: Shifts | None) -> Tensor:

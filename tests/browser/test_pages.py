@@ -90,3 +90,21 @@ def test_scoreboard_can_be_filtered(browser: webdriver.Chrome) -> None:
     box.send_keys('"Table 8"')
     info = browser.find_element("css selector", ".dt-info").text
     assert "of 15 entries" in info, info
+
+
+def test_pictures_can_be_scrubbed_without_a_kernel(browser: webdriver.Chrome) -> None:
+    browser.get((HTML / "shift3d.html").as_uri())
+    seen = """
+      const box = document.querySelector('.scrubber'), slider = box.querySelector('input');
+      if (arguments[0] !== null) {
+        slider.value = arguments[0];
+        slider.dispatchEvent(new Event('input', {bubbles: true}));
+      }
+      return [[...box.querySelectorAll('img')].map(i => i.offsetWidth > 0),
+              box.querySelector('output').textContent]"""
+    visible, label = browser.execute_script(seen, None)
+    assert visible.index(True) == len(visible) // 2 and sum(visible) == 1
+    assert label == "shifted by 0 voxels"
+    visible, label = browser.execute_script(seen, 0)
+    assert visible.index(True) == 0 and sum(visible) == 1
+    assert label == "shifted by -8 voxels"
