@@ -69,8 +69,12 @@ def _in_threads(serial: Any, parallel: Any, x: Tensor, *arguments: Any) -> None:
         serial(*arguments, 0, maps)
         return
     with _ONE_AT_A_TIME:
+        before = numba.get_num_threads()
         numba.set_num_threads(threads)
-        parallel(*arguments, maps, threads)
+        try:
+            parallel(*arguments, maps, threads)
+        finally:
+            numba.set_num_threads(before)
 
 
 @numba.njit(nogil=True, cache=True)
