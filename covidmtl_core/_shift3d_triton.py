@@ -41,10 +41,11 @@ def shift_on_cuda(x: Tensor, axis: Tensor, distance: Tensor, padding: Tensor | N
     if x.is_cuda:
         plan = plan.pin_memory().to(x.device, non_blocking=True)
     grid = (blocks * triton.cdiv(rows, high), triton.cdiv(columns, wide))
-    _shift[grid](
-        source, moved, plan, fill, samples * channels, channels, depth, height, width,
-        PADDED=padding is not None, CHANNELS_LAST=channels_last, ROWS=high, COLUMNS=wide,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _shift[grid](
+            source, moved, plan, fill, samples * channels, channels, depth, height, width,
+            PADDED=padding is not None, CHANNELS_LAST=channels_last, ROWS=high, COLUMNS=wide,
+        )  # fmt: skip
     return target
 
 
