@@ -37,6 +37,11 @@ def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
                 f"{tuple(output.shape)} asks for {tuple(output.shape[:1])}."
             )
         regression = target.is_floating_point()
+        if output[:1].numel() != len(output[:1]) if regression else output.dim() != 2:
+            wanted = "(N,) or (N, 1) of a regression" if regression else "(N, classes)"
+            raise ValueError(
+                f"the output of {task!r} has the shape {tuple(output.shape)}; it must be {wanted}."
+            )
         known = ~target.isnan() if regression else target >= 0
         if not known.any():
             continue
@@ -44,7 +49,7 @@ def task_losses(outputs: Mapping[str, Tensor], targets: Mapping[str, Tensor]) ->
         if regression:
             losses[task] = F.mse_loss(output.reshape(target.shape), target.to(output.dtype))
         else:
-            losses[task] = F.cross_entropy(output, target)
+            losses[task] = F.cross_entropy(output, target.long())
     return losses
 
 
@@ -84,7 +89,7 @@ class MultitaskLoss(nn.Module):
         values = values.to(torch.promote_types(values.dtype, torch.float32))
         weights = self.weigh(list(losses))
         self._last = list(losses), weights.detach()
-        return weights.to(values) @ values
+        return (weights.to(values) * values).sum()  # `@` would be half precision under autocast
 
     def weigh(self, tasks: list[str]) -> Tensor:
         """(K,) weights for the tasks of a call."""

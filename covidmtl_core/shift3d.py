@@ -125,7 +125,7 @@ def shift3d(x: Tensor, shifts: Shifts, padding_value: float | None = None) -> Te
         ValueError: `x` has not five axes, or `shifts` does not fit it.
     """
     _check_shifts(x, shifts)
-    if not shifts.distance.any():
+    if not x.numel() or not shifts.distance.any():
         return x
     return _apply(x, *shifts, padding_value)
 
@@ -135,7 +135,8 @@ def relu_shift_max_pool(
 ) -> Tensor:
     """ReLU, Shift3D and max-pool (kernel 3, stride 2, padding 1): what follows the stem's norm.
 
-    Equals `max_pool3d(shift3d(relu(x), ...), 3, 2, 1)`, gradient included. On the CPU, with
+    Equals `max_pool3d(shift3d(relu(x), ...), 3, 2, 1)` and its gradient; in one pass (below) that
+    gradient cannot be differentiated again. On the CPU, with
     numba, one pass does it: the shift moves where the pool reads, so it costs nothing, and the
     map between ReLU and pool is neither made nor kept for the gradient.
 
@@ -235,7 +236,7 @@ class Shift3D(nn.Module):
         return self.p * (1 + math.cos(math.pi * share)) / 2 if share < 1 else 0.0
 
     def extra_repr(self) -> str:
-        """The parameters that are not at their defaults, for `print(model)`."""
+        """The main parameters, for `print(model)`."""
         return f"max_shift={self.max_shift}, p={self.p}, distribution={self.distribution!r}"
 
 
@@ -278,12 +279,13 @@ class _Shift(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, axis: Tensor, distance: Tensor, padding_value: float | None
     ) -> Tensor:
-        ctx.shifts, ctx.padded = (axis, distance), padding_value is not None
+        ctx.save_for_backward(axis, distance)
+        ctx.padded = padding_value is not None
         return _shifted(x, axis, distance, padding_value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
-        axis, distance = ctx.shifts
+        axis, distance = ctx.saved_tensors
         padding = 0.0 if ctx.padded else None
         return _Shift.apply(gradients[0], axis, -distance, padding), None, None, None
 

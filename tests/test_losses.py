@@ -133,7 +133,23 @@ def test_half_precision_losses_are_summed_in_single() -> None:
     assert MeanLoss()(values).dtype == torch.float32
 
 
+def test_the_sum_stays_in_single_precision_under_autocast() -> None:
+    values = losses(1000.3, 2.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        total = MeanLoss()(values)
+    assert total.dtype == torch.float32 and total.item() == pytest.approx(501.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.int64, torch.uint8])
+def test_classes_of_any_integer_type(dtype: torch.dtype) -> None:
+    assert "ct" in task_losses({"ct": torch.randn(2, 2)}, {"ct": torch.tensor([0, 1], dtype=dtype)})
+
+
 def test_wrong_uses_are_named() -> None:
+    with pytest.raises(ValueError, match="of a regression"):
+        task_losses({"age": torch.randn(2, 2)}, {"age": torch.tensor([0.5, 1.5])})
+    with pytest.raises(ValueError, match=r"\(N, classes\)"):
+        task_losses({"ct": torch.randn(2)}, {"ct": torch.tensor([0, 1])})
     outputs = {"ct": torch.randn(2, 2)}
     with pytest.raises(ValueError, match="'nat'"):
         task_losses(outputs, {"nat": torch.tensor([0, 1])})

@@ -184,6 +184,22 @@ def test_gradient_is_that_of_the_plain_loop(path: str) -> None:
         assert torch.equal(*grads)
 
 
+def test_shifts_changed_before_the_backward_pass_are_noticed() -> None:
+    x = torch.randn(1, 2, 4, 4, 4, requires_grad=True)
+    shifts = Shifts(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.int64))
+    shifted = shift3d(x, shifts)
+    shifts.distance.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        shifted.sum().backward()
+
+
+def test_tensors_without_elements(path: str) -> None:
+    for shape in ((2, 3, 4, 4, 0), (2, 3, 0, 4, 4)):
+        x = torch.randn(shape)
+        ones = torch.ones(2, 3, dtype=torch.int64)
+        assert shift3d(x, Shifts(ones, ones)) is x
+
+
 def test_under_autocast_and_behind_a_half_precision_convolution() -> None:
     network = nn.Sequential(nn.Conv3d(1, 4, 3), Shift3D(p=1.0), nn.ReLU(), nn.Conv3d(4, 2, 3))
     with torch.autocast("cpu", torch.bfloat16):

@@ -103,7 +103,7 @@ class CovidMTL(nn.Module):
         super().train(mode)
         if self.frozen and self.trunk is not None:
             for module in self.trunk.modules():
-                if isinstance(module, nn.BatchNorm3d):
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
 

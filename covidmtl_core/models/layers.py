@@ -43,7 +43,7 @@ class Stem(nn.Module):
     def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         """(N, C, D, H, W) to (N, 64, ceil(D / 4), ceil(H / 4), ceil(W / 4))."""
         shifts = None
-        if self.shift is not None and self.training:
+        if self.shift is not None and self.shift.training:
             shifts = self.shift.draw((len(x), self.conv.conv.out_channels, *halved(x)))
         return run(self._pooled, self, checkpointing, x, shifts)
 

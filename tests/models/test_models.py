@@ -226,6 +226,20 @@ def test_transfer_trains_new_heads_on_a_frozen_trunk(use_features: bool) -> None
     assert torch.equal(model.train().trunk(inputs[0]), model.trunk(inputs[0]))
 
 
+def test_a_frozen_trunk_stays_frozen_with_synchronised_norms() -> None:
+    model = transfer_severity(CovidMTL({"ct": 2}, use_features=False))
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model).train()
+    norms = [m for m in model.trunk.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert norms and not any(norm.training for norm in norms)
+
+
+def test_the_layer_alone_can_be_switched_off() -> None:
+    x = torch.randn(2, 1, 16, 16, 16)
+    model = shiftnet3d(shift=always()).train()
+    model.trunk.stem.shift.eval()
+    assert torch.equal(model.trunk(x), model.trunk(x))
+
+
 def test_transfer_needs_a_trunk() -> None:
     with pytest.raises(ValueError, match="no trunk"):
         transfer_severity(CovidMTL(use_volume=False))
