@@ -8,28 +8,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _WORTH_A_THREAD = 1 << 20
 """Bytes a thread should have to move."""
 _THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def shift_on_cpu(x: Tensor, target: Tensor, jobs: Tensor, padding: Tensor | None) -> None:
+def shift_on_cpu(x: Tensor, target: Tensor, jobs: Tensor, fill: int | None) -> None:
     """Shift every map of `x` into `target`.
 
     Args:
-        x: (N, C, D, H, W), contiguous, of any type of 1 to 8 bytes.
+        x: (N, C, D, H, W) integers, contiguous.
         target: The same, to be written.
         jobs: (N * C, 2) int64: the length of the stretches within which a map is shifted, and by
             how many elements; without padding by 0 to less than that length.
-        padding: What fills the places that nothing is shifted to, a number of x's type; None
-            shifts circularly.
+        fill: What fills the places that nothing is shifted to; None shifts circularly.
     """
-    bits = _BITS[x.element_size()]
-    source, moved = (t.view(bits).view(len(jobs), -1).numpy() for t in (x, target))
-    fill = (x.new_zeros(1) if padding is None else padding.reshape(1)).view(bits).numpy()[0]
-    _in_threads(_shift_maps, _shift_all, x, source, moved, jobs.numpy(), padding is not None, fill)
+    source, moved = (t.view(len(jobs), -1).numpy() for t in (x, target))
+    value = source.dtype.type(fill or 0)
+    _in_threads(_shift_maps, _shift_all, x, source, moved, jobs.numpy(), fill is not None, value)
 
 
 def pool_on_cpu(

@@ -5,21 +5,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _ELEMENTS = 4096
 """Elements a program moves."""
 
 
-def shift_on_cuda(x: Tensor, axis: Tensor, distance: Tensor, padding: Tensor | None) -> Tensor:
+def shift_on_cuda(x: Tensor, axis: Tensor, distance: Tensor, fill: int | None) -> Tensor:
     """Shift every map of a tensor, whose memory is contiguous or channels last.
 
     Args:
-        x: (N, C, D, H, W), of any type of 1 to 8 bytes.
+        x: (N, C, D, H, W) integers.
         axis: (N, C): 0, 1 or 2.
         distance: (N, C): without padding from 0 to less than the size of the axis; with padding
             at most that size, either way.
-        padding: What fills the places that nothing is shifted to, of x's type; None shifts
-            circularly.
+        fill: What fills the places that nothing is shifted to; None shifts circularly.
 
     Returns:
         The shifted maps, in the memory format of `x`.
@@ -27,14 +25,10 @@ def shift_on_cuda(x: Tensor, axis: Tensor, distance: Tensor, padding: Tensor | N
     target = torch.empty_like(x)
     samples, channels, depth, height, width = x.shape
     channels_last = not x.is_contiguous()
-    bits = _BITS[x.element_size()]
-    fill = 0 if padding is None else int(padding.reshape(1).view(bits))
     if channels_last:
         blocks, rows, columns = samples, depth * height * width, channels
-        source, moved = (t.permute(0, 2, 3, 4, 1).view(bits) for t in (x, target))
     else:
         blocks, rows, columns = samples * channels, depth * height, width
-        source, moved = x.view(bits), target.view(bits)
     wide = min(triton.next_power_of_2(columns), 1024)
     high = max(_ELEMENTS // wide, 1)
     plan = torch.stack([axis, distance]).to(torch.int32)
@@ -43,8 +37,8 @@ def shift_on_cuda(x: Tensor, axis: Tensor, distance: Tensor, padding: Tensor | N
     grid = (blocks * triton.cdiv(rows, high), triton.cdiv(columns, wide))
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _shift[grid](
-            source, moved, plan, fill, samples * channels, channels, depth, height, width,
-            PADDED=padding is not None, CHANNELS_LAST=channels_last, ROWS=high, COLUMNS=wide,
+            x, target, plan, fill or 0, samples * channels, channels, depth, height, width,
+            PADDED=fill is not None, CHANNELS_LAST=channels_last, ROWS=high, COLUMNS=wide,
         )  # fmt: skip
     return target
 

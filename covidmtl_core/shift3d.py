@@ -18,6 +18,9 @@ from torch import Generator, Tensor, nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""As what the fast paths move elements of so many bytes."""
+
 
 def _eager(function: Callable[P, R]) -> Callable[P, R]:
     """Keep `torch.compile` out of a function; unlike its `disable`, without importing it."""
@@ -135,10 +138,9 @@ def relu_shift_max_pool(
 ) -> Tensor:
     """ReLU, Shift3D and max-pool (kernel 3, stride 2, padding 1): what follows the stem's norm.
 
-    Equals `max_pool3d(shift3d(relu(x), ...), 3, 2, 1)` and its gradient; in one pass (below) that
-    gradient cannot be differentiated again. On the CPU, with
-    numba, one pass does it: the shift moves where the pool reads, so it costs nothing, and the
-    map between ReLU and pool is neither made nor kept for the gradient.
+    Equals `max_pool3d(shift3d(relu(x), ...), 3, 2, 1)` and its gradient. On the CPU, with numba,
+    one pass does it: the shift moves where the pool reads, so it costs nothing, and the map between
+    ReLU and pool is neither made nor kept for the gradient, which cannot be differentiated again.
 
     Args:
         x: (N, C, D, H, W), floating, not changed.
@@ -212,19 +214,21 @@ class Shift3D(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, D, H, W) to the same shape."""
-        shifts = self.draw(x.shape) if self.training else None
+        shifts = self.draw(x.shape)
         return x if shifts is None else shift3d(x, shifts, self.padding_value)
 
-    @_eager
     def draw(self, shape: torch.Size | tuple[int, ...]) -> Shifts | None:
-        """What to do in training to a batch of this shape, or None for nothing; counts the call."""
+        """What to do to a batch of this shape; None in eval mode. In training the call counts."""
+        return self._draw(shape) if self.training else None
+
+    @_eager
+    def _draw(self, shape: torch.Size | tuple[int, ...]) -> Shifts | None:
         p = self.next_probability()
         if p == 0:
             return None
         padded = self.padding_value is not None
         settings = self.max_shift, p, self.distribution, self.per_channel, self.as_released, padded
-        shifts = draw_shifts(shape, *settings, generator=self.generator)
-        return shifts if shifts.distance.any() else None
+        return draw_shifts(shape, *settings, generator=self.generator)
 
     def next_probability(self) -> float:
         """The probability of the next call in training, which is counted."""
@@ -302,9 +306,8 @@ def _fast_path(device: str) -> Any:
             from . import _shift3d_triton
 
             still = torch.zeros(1, 1, dtype=torch.int64)
-            _shift3d_triton.shift_on_cuda(
-                torch.ones(1, 1, 1, 1, 1, device=device), still, still, None
-            )
+            one = torch.ones(1, 1, 1, 1, 1, dtype=torch.int32, device=device)
+            _shift3d_triton.shift_on_cuda(one, still, still, None)
             return _shift3d_triton
     except ImportError:
         pass
@@ -318,10 +321,13 @@ def _shifted(x: Tensor, axis: Tensor, distance: Tensor, padding_value: float | N
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
     if not channels_last:
         x = x.contiguous()
-    fast = _fast_path(x.device.type) if x.element_size() <= 8 else None
-    padding = None if padding_value is None else torch.tensor(padding_value, dtype=x.dtype)
+    bits = _BITS.get(x.element_size(), x.dtype)
+    fast = _fast_path(x.device.type) if x.element_size() in _BITS else None
+    fill = None
+    if fast is not None and padding_value is not None:
+        fill = int(torch.tensor([padding_value], dtype=x.dtype).view(bits))
     if fast is not None and x.is_cuda:
-        return fast.shift_on_cuda(x, axis, distance, padding)
+        return fast.shift_on_cuda(x.view(bits), axis, distance, fill).view(x.dtype)
     if not x.is_contiguous():
         moved = _shifted(x.contiguous(), axis, distance, padding_value)
         return moved.contiguous(memory_format=torch.channels_last_3d)
@@ -330,7 +336,7 @@ def _shifted(x: Tensor, axis: Tensor, distance: Tensor, padding_value: float | N
     jobs = torch.stack([inner * size, inner * distance], dim=-1).flatten(0, 1)
     target = torch.empty_like(x)
     if fast is not None:
-        fast.shift_on_cpu(x, target, jobs, padding)
+        fast.shift_on_cpu(x.view(bits), target.view(bits), jobs, fill)
     else:
         _shift_plainly(x, target, jobs, padding_value)
     return target

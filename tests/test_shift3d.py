@@ -351,8 +351,11 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.uint8):
                 x = (torch.randn(shape) * 3).to(dtype).contiguous(memory_format=layout)
                 shifts = s.draw_shifts(shape, max_shift=1.0, p=0.7)
                 distance = s._within(x.shape, *shifts, padding is not None)
-                fill = None if padding is None else torch.tensor(padding, dtype=dtype)
-                shifted = t.shift_on_cuda(x, shifts.axis, distance, fill)
+                bits = s._BITS[x.element_size()]
+                fill = None
+                if padding is not None:
+                    fill = int(torch.tensor([padding], dtype=dtype).view(bits))
+                shifted = t.shift_on_cuda(x.view(bits), shifts.axis, distance, fill).view(dtype)
                 assert torch.equal(shifted, s.shift3d(x, shifts, padding))
                 assert shifted.stride() == x.stride()
 """

@@ -42,19 +42,14 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor, checkpointing: bool = False) -> Tensor:
         """(N, C, D, H, W) to (N, 64, ceil(D / 4), ceil(H / 4), ceil(W / 4))."""
-        shifts = None
-        if self.shift is not None and self.shift.training:
-            shifts = self.shift.draw((len(x), self.conv.conv.out_channels, *halved(x)))
+        sizes = [(size + 1) // 2 for size in x.shape[2:]]
+        maps = len(x), self.conv.conv.out_channels, *sizes
+        shifts = None if self.shift is None else self.shift.draw(maps)
         return run(self._pooled, self, checkpointing, x, shifts)
 
     def _pooled(self, x: Tensor, shifts: Shifts | None) -> Tensor:
         padding_value = self.shift.padding_value if self.shift else None
         return relu_shift_max_pool(self.conv(x), shifts, padding_value)
-
-
-def halved(x: Tensor) -> tuple[int, ...]:
-    """The sizes of a volume's axes after a stride of 2."""
-    return tuple((size + 1) // 2 for size in x.shape[2:])
 
 
 def run(
@@ -67,8 +62,12 @@ def run(
     """
     if not (checkpointing and torch.is_grad_enabled()):
         return call(*inputs)
-    contexts = lambda: (contextlib.nullcontext(), _kept_statistics(module))  # noqa: E731
-    return checkpoint(call, *inputs, use_reentrant=False, context_fn=contexts)
+    return checkpoint(
+        call,
+        *inputs,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _kept_statistics(module)),
+    )
 
 
 @contextlib.contextmanager

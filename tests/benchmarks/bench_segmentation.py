@@ -5,10 +5,9 @@ interleaved, medians; worker processes are warm after the first round, which is 
 figures go to book/recorded, where the chapter on segmentation shows them.
 """
 
-import statistics
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).parent))
 
 import plain_segmentation as plain
-from recording import record
+from recording import interleaved, record
 
 from covidmtl_core.phantom import draw_patient, make_phantom
 from covidmtl_core.segmentation import segment_lungs
@@ -37,17 +36,13 @@ def main(rounds: int) -> None:
         "released": lambda i: sitk.GetArrayFromImage(segment_lungs(i, "released")) > 0,
         "refined": lambda i: sitk.GetArrayFromImage(segment_lungs(i, "refined")) > 0,
     }
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    masks = {}
-    for number in range(rounds + 1):
-        for name, method in methods.items():
-            if name == "plain" and number == 0:
-                continue
-            start = time.perf_counter()
-            masks[name] = method(image)
-            if number:
-                times[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(found) for name, found in times.items()}
+    masks: dict[str, np.ndarray] = {}
+
+    def keep(name: str) -> Callable[[], None]:
+        return lambda: masks.update({name: methods[name](image)})
+
+    cases = {name: keep(name) for name in methods}
+    median = interleaved(cases, rounds, warm=["released", "refined"])
     figures = {
         "voxels": image.GetSize()[::-1],
         "seconds": {name: round(value, 2) for name, value in median.items()},

@@ -6,7 +6,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,15 +30,25 @@ def with_warm_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WARM)
 
 
-def interleaved(cases: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, in turns, after one uncounted round."""
+def interleaved(
+    cases: dict[str, Callable[[], Any]], rounds: int, warm: Collection[str] | None = None
+) -> dict[str, float]:
+    """Median seconds of each call, in turns, after one that is not counted.
+
+    Args:
+        cases: Name to call.
+        rounds: How often each is timed.
+        warm: Those that have the uncounted call; None for all.
+    """
+    for name in cases if warm is None else warm:
+        cases[name]()
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in range(rounds + 1):
+    for _ in range(rounds):
         for name, call in cases.items():
             start = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found[1:]) for name, found in times.items()}
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def record(name: str, figures: dict[str, Any], packages: tuple[str, ...], device: str = "") -> None:

@@ -53,7 +53,7 @@ def always(seed: int = 1) -> Shift3D:
         (lambda: CovidMTL(use_volume=False), 139_719),
     ],
 )
-def test_parameters_are_the_papers(make: Callable[[], nn.Module], parameters: int) -> None:
+def test_parameters_are_those_released(make: Callable[[], nn.Module], parameters: int) -> None:
     with torch.device("meta"):
         assert size(make()) == parameters
 
@@ -61,7 +61,7 @@ def test_parameters_are_the_papers(make: Callable[[], nn.Module], parameters: in
 @pytest.mark.parametrize(
     ("make", "gflop"), [(squeezenet3d, 87.1), (resnet3d34, 104.6), (decovnet, 48.1)]
 )
-def test_operations_are_the_papers(make: Callable[[], nn.Module], gflop: float) -> None:
+def test_operations_are_those_released(make: Callable[[], nn.Module], gflop: float) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"), torch.no_grad():
