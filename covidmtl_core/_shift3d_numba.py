@@ -1,5 +1,6 @@
 """Shift3D and the stem's pool on the CPU, in loops compiled by numba."""
 
+import os
 import threading
 from typing import Any
 
@@ -12,6 +13,16 @@ _WORTH_A_THREAD = 1 << 20
 """Bytes a thread should have to move."""
 _THREADS: int = numba.config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
 _ONE_AT_A_TIME = threading.Lock()
+
+
+def _stay_serial() -> None:
+    """In a forked child: OpenMP's threads did not come along, and the lock may be held for ever."""
+    global _THREADS, _ONE_AT_A_TIME
+    _THREADS, _ONE_AT_A_TIME = 1, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stay_serial)
 
 
 def shift_on_cpu(x: Tensor, target: Tensor, jobs: Tensor, fill: int | None) -> None:

@@ -75,8 +75,8 @@ def _shift(  # type: ignore[no-untyped-def]
         there = inside
     first = block.to(tl.int64) * lines * (channels if CHANNELS_LAST else width)
     if CHANNELS_LAST:
-        old = ((d * height + h) * width + w) * channels + column
-        new = row * channels + column
+        old = ((d * height + h) * width + w).to(tl.int64) * channels + column
+        new = row.to(tl.int64) * channels + column
     else:
         old = (d * height + h) * width + w
         new = row * width + column

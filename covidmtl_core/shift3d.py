@@ -22,7 +22,7 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """As what the fast paths move elements of so many bytes."""
 
 
-def _eager(function: Callable[P, R]) -> Callable[P, R]:
+def eager(function: Callable[P, R]) -> Callable[P, R]:
     """Keep `torch.compile` out of a function; unlike its `disable`, without importing it."""
 
     @wraps(function)
@@ -113,7 +113,8 @@ def shift3d(x: Tensor, shifts: Shifts, padding_value: float | None = None) -> Te
     """Shift each feature map along an axis.
 
     The gradient is the opposite shift, with zeros where padding came in; it can be differentiated
-    again. The paths for CPU, CUDA and plain PyTorch give the same bits.
+    again, by `torch.autograd` (not by `torch.func`). The paths for CPU, CUDA and plain PyTorch give
+    the same bits.
 
     Args:
         x: (N, C, D, H, W), any type, not changed.
@@ -156,8 +157,9 @@ def relu_shift_max_pool(
     if shifts is not None:
         _check_shifts(x, shifts)
         shifts = shifts if shifts.distance.any() else None
-    fits = x.dtype in (torch.float32, torch.float64) and x.is_contiguous()
-    if fits and not torch.compiler.is_compiling() and x.numel() and x.shape[2:].numel() < 2**30:
+    fits = x.dtype in (torch.float32, torch.float64) and x.is_contiguous() and not x.is_neg()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if fits and not traced and x.numel() and x.shape[2:].numel() < 2**30:
         if x.device.type == "cpu" and _fast_path("cpu") is not None:
             return _FusedStem.apply(x, shifts, padding_value)
     if shifts is not None and padding_value is not None:
@@ -221,7 +223,7 @@ class Shift3D(nn.Module):
         """What to do to a batch of this shape; None in eval mode. In training the call counts."""
         return self._draw(shape) if self.training else None
 
-    @_eager
+    @eager
     def _draw(self, shape: torch.Size | tuple[int, ...]) -> Shifts | None:
         p = self.next_probability()
         if p == 0:
@@ -267,11 +269,11 @@ def _check_shifts(x: Tensor, shifts: Shifts) -> None:
 
 def _within(shape: torch.Size, axis: Tensor, distance: Tensor, padded: bool) -> Tensor:
     """Distances that do not exceed the axis; without padding, 0 to less than its size."""
-    size = torch.tensor(shape[2:])[axis]
+    size = torch.tensor(shape[2:], device="cpu")[axis]
     return distance.clamp(-size, size) if padded else distance.remainder(size.clamp(min=1))
 
 
-@_eager
+@eager
 def _apply(x: Tensor, axis: Tensor, distance: Tensor, padding_value: float | None) -> Tensor:
     return _Shift.apply(x, axis, distance, padding_value)
 
@@ -305,7 +307,7 @@ def _fast_path(device: str) -> Any:
         if device == "cuda":
             from . import _shift3d_triton
 
-            still = torch.zeros(1, 1, dtype=torch.int64)
+            still = torch.zeros(1, 1, dtype=torch.int64, device="cpu")
             one = torch.ones(1, 1, 1, 1, 1, dtype=torch.int32, device=device)
             _shift3d_triton.shift_on_cuda(one, still, still, None)
             return _shift3d_triton
@@ -318,6 +320,7 @@ def _fast_path(device: str) -> Any:
 
 def _shifted(x: Tensor, axis: Tensor, distance: Tensor, padding_value: float | None) -> Tensor:
     distance = _within(x.shape, axis, distance, padding_value is not None)
+    x = x.resolve_conj().resolve_neg()
     channels_last = x.is_contiguous(memory_format=torch.channels_last_3d)
     if not channels_last:
         x = x.contiguous()
@@ -325,14 +328,14 @@ def _shifted(x: Tensor, axis: Tensor, distance: Tensor, padding_value: float | N
     fast = _fast_path(x.device.type) if x.element_size() in _BITS else None
     fill = None
     if fast is not None and padding_value is not None:
-        fill = int(torch.tensor([padding_value], dtype=x.dtype).view(bits))
+        fill = int(torch.tensor([padding_value], dtype=x.dtype, device="cpu").view(bits))
     if fast is not None and x.is_cuda:
         return fast.shift_on_cuda(x.view(bits), axis, distance, fill).view(x.dtype)
     if not x.is_contiguous():
         moved = _shifted(x.contiguous(), axis, distance, padding_value)
         return moved.contiguous(memory_format=torch.channels_last_3d)
-    inner = torch.tensor([x.shape[3] * x.shape[4], x.shape[4], 1])[axis]
-    size = torch.tensor(x.shape[2:])[axis]
+    inner = torch.tensor([x.shape[3] * x.shape[4], x.shape[4], 1], device="cpu")[axis]
+    size = torch.tensor(x.shape[2:], device="cpu")[axis]
     jobs = torch.stack([inner * size, inner * distance], dim=-1).flatten(0, 1)
     target = torch.empty_like(x)
     if fast is not None:
@@ -365,14 +368,14 @@ class _FusedStem(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shifts: Shifts | None, padding_value: float | None) -> Tensor:
         maps = x.shape[:2]
-        still = torch.zeros(maps, dtype=torch.int64)
+        still = torch.zeros(maps, dtype=torch.int64, device="cpu")
         axis, distance = (still, still) if shifts is None else shifts
         padding = padding_value if shifts is not None else None
         distance = _within(x.shape, axis, distance, padding is not None)
         shape = (*maps, *((n + 1) // 2 for n in x.shape[2:]))
         pooled = x.new_empty(shape)
         wanted = ctx.needs_input_grad[0]
-        winners = torch.empty(shape if wanted else (*maps, 0, 0, 0), dtype=torch.int32)
+        winners = x.new_empty(shape if wanted else (*maps, 0, 0, 0), dtype=torch.int32)
         jobs = torch.stack([axis, distance], dim=-1).flatten(0, 1)
         _fast_path("cpu").pool_on_cpu(x, pooled, winners, jobs, padding)
         ctx.save_for_backward(winners)

@@ -73,10 +73,15 @@ def scrubber(figures: "Sequence[Figure]", labels: Sequence[str], alt: str) -> "H
         figures: One for each place of the slider, of the same size; they are closed.
         labels: What is shown beside the slider at each place.
         alt: Alternative text of all pictures.
+
+    Raises:
+        ValueError: There is no figure, or not one label for each.
     """
     from IPython.display import HTML
     from matplotlib import pyplot as plt
 
+    if not figures:
+        raise ValueError("a slider needs at least one figure.")
     first, images = len(figures) // 2, []
     for place, (figure, label) in enumerate(zip(figures, labels, strict=True)):
         png = io.BytesIO()

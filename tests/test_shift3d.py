@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -207,6 +208,53 @@ def test_under_autocast_and_behind_a_half_precision_convolution() -> None:
     assert out.dtype == torch.bfloat16
     out.float().sum().backward()
     assert network[0].weight.grad.isfinite().all()
+
+
+def test_default_device_does_not_matter(path: str) -> None:
+    x = torch.randn(2, 3, 6, 7, 8, requires_grad=True)
+    shifts = draw_shifts(x.shape, p=1.0)
+    wanted = shift3d(x, shifts, 1.0), relu_shift_max_pool(x, shifts)
+    with torch.device("meta"):
+        found = shift3d(x, shifts, 1.0), relu_shift_max_pool(x, shifts)
+    assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
+
+
+def test_views_that_only_promise_to_negate(path: str) -> None:
+    negated = torch.randn(2, 3, 4, 5, 6, dtype=torch.complex64).conj().imag
+    assert negated.is_neg()
+    shifts = draw_shifts(negated.shape, p=1.0)
+    clean = negated.resolve_neg()
+    assert torch.equal(shift3d(negated, shifts), shift3d(clean, shifts))
+    assert torch.equal(relu_shift_max_pool(negated, shifts), relu_shift_max_pool(clean, shifts))
+
+
+def test_forked_child_of_a_process_that_used_threads() -> None:
+    code = """
+import multiprocessing, numpy, torch
+from covidmtl_core.shift3d import draw_shifts, relu_shift_max_pool
+torch.set_num_threads(2)
+x = torch.randn(2, 8, 32, 64, 64)
+shifts = draw_shifts(x.shape, p=1.0)
+wanted = relu_shift_max_pool(x, shifts)
+def child(queue):
+    queue.put(numpy.array_equal(relu_shift_max_pool(x, shifts).numpy(), wanted.numpy()))
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+process = context.Process(target=child, args=(queue,))
+process.start()
+assert queue.get(timeout=60)
+process.join()
+assert process.exitcode == 0
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_eval_mode_can_be_traced() -> None:
+    x = torch.randn(1, 2, 6, 6, 6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(lambda x: relu_shift_max_pool(x), x)
+    assert torch.equal(traced(x + 1), relu_shift_max_pool(x + 1))
 
 
 def test_compiled_training_equals_eager_training() -> None:

@@ -18,3 +18,5 @@ def test_scrubber_holds_every_picture_and_shows_the_middle_one() -> None:
 def test_scrubber_wants_a_label_for_each_picture() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         style.scrubber([plt.figure(), plt.figure()], ["one"], "alt")
+    with pytest.raises(ValueError, match="at least one"):
+        style.scrubber([], [], "alt")

@@ -2,7 +2,7 @@
 
 from covidmtl_core.models.covid_mtl import CovidMTL, transfer_severity
 from covidmtl_core.models.decovnet import DeCoVNet, decovnet
-from covidmtl_core.models.layers import for_inference
+from covidmtl_core.models.inference import for_inference
 from covidmtl_core.models.resnet3d import ResNet3D, resnet3d34
 from covidmtl_core.models.squeezenet3d import SqueezeNet3D, shiftnet3d, squeezenet3d
 

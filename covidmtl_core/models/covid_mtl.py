@@ -90,6 +90,8 @@ class CovidMTL(nn.Module):
                 f"features have the shape {tuple(features.shape)}; it must be "
                 f"(N, {self.n_features})."
             )
+        if volume is not None and features is not None and len(volume) != len(features):
+            raise ValueError(f"there are {len(volume)} volumes and {len(features)} features' rows.")
         seen = self.trunk(volume) if self.trunk is not None else None
         read = [self.feature_branch(features)] if self.feature_branch is not None else []
         logits = {}

@@ -18,15 +18,14 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int, width: int, inner: int, stride: int) -> None:
         super().__init__()
-        self.along = _conv_norm(channels, inner, (3, 1, 1))
-        self.within = _conv_norm(inner, inner, (1, 3, 3), (1, stride, stride))
+        self.along = _conv_norm(channels, inner, (3, 1, 1), relu=True)
+        self.within = _conv_norm(inner, inner, (1, 3, 3), (1, stride, stride), relu=True)
         self.widen = _conv_norm(inner, width, (1, 1, 1))
         self.shortcut = _conv_norm(channels, width, (1, 1, 1), (1, stride, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, D, H, W) to (N, width, D, H / stride, W / stride)."""
-        y = F.relu(self.along(x), inplace=True)
-        y = F.relu(self.within(y), inplace=True)
+        y = self.within(self.along(x))
         return F.relu(self.widen(y) + self.shortcut(x), inplace=True)
 
 
@@ -44,8 +43,7 @@ class DeCoVNet(nn.Module):
         super().__init__()
         self.checkpointing = checkpointing
         stem = nn.Sequential(
-            _conv_norm(1, 16, (5, 7, 7), (1, 2, 2)),
-            nn.ReLU(),
+            _conv_norm(1, 16, (5, 7, 7), (1, 2, 2), relu=True),
             nn.MaxPool3d((1, 3, 3), (1, 2, 2), (0, 1, 1)),
         )
         pool = nn.MaxPool3d((2, 1, 1), ceil_mode=True)
@@ -77,6 +75,7 @@ def _conv_norm(
     width: int,
     kernel: tuple[int, int, int],
     stride: tuple[int, int, int] = (1, 1, 1),
+    relu: bool = False,
 ) -> ConvNorm:
     padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-    return ConvNorm(nn.Conv3d(channels, width, kernel, stride, padding, bias=False))
+    return ConvNorm(nn.Conv3d(channels, width, kernel, stride, padding, bias=False), relu=relu)

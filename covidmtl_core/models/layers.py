@@ -1,31 +1,33 @@
-"""What the networks share: convolution with norm, the stem, checkpointing, inference."""
+"""What the networks share: convolution with norm, the stem, checkpointing."""
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import fuse_conv_bn_eval
 from torch.utils.checkpoint import checkpoint
 
-from covidmtl_core.shift3d import Shift3D, Shifts, relu_shift_max_pool
+from covidmtl_core.shift3d import Shift3D, Shifts, eager, relu_shift_max_pool
 
 
 class ConvNorm(nn.Sequential):
-    """A 3D convolution and the batch norm behind it.
+    """A 3D convolution, the batch norm behind it, and perhaps a ReLU behind that.
 
     Args:
         conv: The convolution.
         eps: Of the norm.
         momentum: Of the norm's running statistics.
+        relu: With the ReLU?
     """
 
-    def __init__(self, conv: nn.Conv3d, eps: float = 1e-5, momentum: float = 0.1) -> None:
+    def __init__(
+        self, conv: nn.Conv3d, eps: float = 1e-5, momentum: float = 0.1, relu: bool = False
+    ) -> None:
         super().__init__()
         self.conv = conv
         self.norm: nn.Module = nn.BatchNorm3d(conv.out_channels, eps=eps, momentum=momentum)
+        self.relu: nn.Module = nn.ReLU(inplace=True) if relu else nn.Identity()
 
 
 class Stem(nn.Module):
@@ -60,8 +62,13 @@ def run(
     The second forward pass leaves the running statistics of batch norms alone, so that training
     goes as without.
     """
-    if not (checkpointing and torch.is_grad_enabled()):
-        return call(*inputs)
+    if checkpointing and torch.is_grad_enabled():
+        return _checkpointed(call, module, *inputs)
+    return call(*inputs)
+
+
+@eager
+def _checkpointed(call: Callable[..., Tensor], module: nn.Module, *inputs: Any) -> Tensor:
     return checkpoint(
         call,
         *inputs,
@@ -98,17 +105,3 @@ def initialise(model: nn.Module, mode: Literal["fan_in", "fan_out"]) -> None:
     for module in model.modules():
         if isinstance(module, nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, mode=mode)
-
-
-def for_inference(model: nn.Module) -> nn.Module:
-    """A copy of a network that predicts faster: norms folded into convolutions, channels last.
-
-    Its outputs equal those of `model.eval()` but for rounding. It cannot be trained;
-    `torch.compile` makes it faster still.
-    """
-    model = copy.deepcopy(model).eval().requires_grad_(False)
-    for module in model.modules():
-        if isinstance(module, ConvNorm) and isinstance(module.norm, nn.BatchNorm3d):
-            module.conv = fuse_conv_bn_eval(module.conv, module.norm)
-            module.norm = nn.Identity()
-    return model.to(memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

@@ -18,14 +18,14 @@ class BasicBlock(nn.Module):
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
-        self.first = _conv_norm(channels, width, 3, stride)
+        self.first = _conv_norm(channels, width, 3, stride, relu=True)
         self.second = _conv_norm(width, width, 3)
         same = channels == width and stride == 1
         self.shortcut = nn.Identity() if same else _conv_norm(channels, width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, D, H, W) to (N, width, D / stride, H / stride, W / stride)."""
-        y = self.second(F.relu(self.first(x), inplace=True))
+        y = self.second(self.first(x))
         return F.relu(y + self.shortcut(x), inplace=True)
 
 
@@ -78,6 +78,8 @@ def resnet3d34(
     return ResNet3D((3, 4, 6, 3), num_classes, shift, checkpointing)
 
 
-def _conv_norm(channels: int, width: int, kernel: int, stride: int = 1) -> ConvNorm:
+def _conv_norm(
+    channels: int, width: int, kernel: int, stride: int = 1, relu: bool = False
+) -> ConvNorm:
     conv = nn.Conv3d(channels, width, kernel, stride, padding=kernel // 2, bias=False)
-    return ConvNorm(conv, momentum=0.01)
+    return ConvNorm(conv, momentum=0.01, relu=relu)

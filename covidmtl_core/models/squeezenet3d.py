@@ -23,14 +23,14 @@ class Fire(nn.Module):
 
     def __init__(self, channels: int, squeezed: int, expanded: int, bypass: bool) -> None:
         super().__init__()
-        self.squeeze = _conv_norm(channels, squeezed, 1)
+        self.squeeze = _conv_norm(channels, squeezed, 1, relu=True)
         self.expand1 = _conv_norm(squeezed, expanded, 1)
         self.expand3 = _conv_norm(squeezed, expanded, 3)
         self.bypass = bypass
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, D, H, W) to (N, 2 * expanded, D, H, W)."""
-        squeezed = F.relu(self.squeeze(x), inplace=True)
+        squeezed = self.squeeze(x)
         expanded = torch.cat([self.expand1(squeezed), self.expand3(squeezed)], 1)
         if self.bypass:
             expanded += x
@@ -118,6 +118,8 @@ def global_mean() -> list[nn.Module]:
     return [nn.AdaptiveAvgPool3d(1), nn.Flatten()]
 
 
-def _conv_norm(channels: int, width: int, kernel: int, stride: int = 1) -> ConvNorm:
+def _conv_norm(
+    channels: int, width: int, kernel: int, stride: int = 1, relu: bool = False
+) -> ConvNorm:
     conv = nn.Conv3d(channels, width, kernel, stride, padding=kernel // 2)
-    return ConvNorm(conv, eps=1e-3, momentum=0.01)
+    return ConvNorm(conv, eps=1e-3, momentum=0.01, relu=relu)

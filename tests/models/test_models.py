@@ -145,6 +145,18 @@ def test_checkpointing_changes_nothing(make: Callable[[bool], nn.Module]) -> Non
         assert torch.equal(a, b), name
 
 
+def test_checkpointing_can_be_compiled() -> None:
+    x = torch.randn(2, 1, 24, 24, 24)
+    eager = seeded(lambda: shiftnet3d(shift=always())).train()
+    model = seeded(lambda: shiftnet3d(shift=always(), checkpointing=True)).train()
+    compiled = torch.compile(model, backend="aot_eager")
+    for network in (eager, compiled):
+        torch.manual_seed(2)
+        network(x).square().sum().backward()
+    for a, b in zip(eager.parameters(), compiled.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("make", [shiftnet3d, resnet3d34, decovnet])
 def test_inference_copy_predicts_the_same(make: Callable[[], nn.Module]) -> None:
     model = seeded(make)
@@ -153,7 +165,11 @@ def test_inference_copy_predicts_the_same(make: Callable[[], nn.Module]) -> None
         model.train()(x * 2 + 1)
         before = copy.deepcopy(model.state_dict())
         faster = for_inference(model)
-        assert torch.allclose(faster(x), model.eval()(x), rtol=1e-3, atol=1e-4)
+        for given in (x, x[:1]):  # oneDNN takes single samples by another path
+            assert torch.allclose(faster(given), model.eval()(given), rtol=1e-3, atol=1e-4)
+        synced = for_inference(nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model)))
+        assert torch.equal(synced(x), faster(x))
+        assert torch.allclose(faster.double()(x.double()).float(), faster.float()(x), atol=1e-4)
     assert all(torch.equal(a, before[k]) for k, a in model.state_dict().items())
     assert not any(isinstance(m, nn.BatchNorm3d) for m in faster.modules())
     assert not any(p.requires_grad for p in faster.parameters())
@@ -175,6 +191,9 @@ def test_covid_mtl_takes_what_it_is_made_for(use_volume: bool, use_features: boo
     assert {task: out.shape for task, out in outputs.items()} == {"ct": (2, 2), "age group": (2, 5)}
     sum(out.sum() for out in outputs.values()).backward()
     assert all(p.grad is not None for p in model.parameters())
+    if use_volume and use_features:
+        with pytest.raises(ValueError, match="2 volumes and 1"):
+            model(inputs["volume"], inputs["features"][:1])
     if use_volume != use_features:
         with pytest.raises(ValueError, match="takes no"):
             model(**inputs)
