@@ -5,6 +5,7 @@ with the allocator settings of bench_shift3d.py; memory in fresh processes witho
 """
 
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def main(rounds: int) -> None:
     torch.manual_seed(0)
     x = torch.randn(SIZE)
     both = networks()
-    peaks = {name: peak_gib(name) for name in both}
+    measured = [[peak_gib(name) for name in both] for _ in range(rounds)]
+    peaks = dict(zip(both, map(statistics.median, zip(*measured, strict=True)), strict=True))
     training = interleaved({name: training_step(n, x) for name, n in both.items()}, rounds)
     folded = for_inference(both["ours"])
     predictors = both | {"folded": folded, "compiled": torch.compile(folded)}
