@@ -146,6 +146,7 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
         ("models_speed", "training step against plain", 0, 0.9),
         ("models_speed", "peak memory against plain", 0, 0.9),
         ("models_speed", "inference against plain", 0, 0.55),
+        ("models_speed", "compiled inference against plain", 0, 0.45),
         ("models_speed", "one multitask against three single-task", 0, 0.36),
     ],
 )

@@ -51,7 +51,70 @@ class Stem(nn.Module):
 
     def _pooled(self, x: Tensor, shifts: Shifts | None) -> Tensor:
         padding_value = self.shift.padding_value if self.shift else None
-        return relu_shift_max_pool(self.conv(x), shifts, padding_value)
+        x = self.conv.conv(x)
+        norm = self.conv.norm
+        x = _batch_norm(x, norm) if _is_plain(norm, x) else norm(x)  # type: ignore[arg-type]
+        return relu_shift_max_pool(x, shifts, padding_value)
+
+
+def _is_plain(norm: nn.Module, x: Tensor) -> bool:
+    """Is this the case that `_BatchNorm` is made for?"""
+    if type(norm) is not nn.BatchNorm3d or not norm.training or not torch.is_grad_enabled():
+        return False
+    usual = norm.affine and norm.track_running_stats and norm.momentum is not None
+    hooked = norm._forward_hooks or norm._forward_pre_hooks or norm._backward_hooks
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    fits = x.device.type == "cpu" and x.dtype == norm.weight.dtype and x.is_contiguous()
+    return usual and fits and not (hooked or traced) and x.numel() > x.shape[1]
+
+
+def _batch_norm(x: Tensor, norm: nn.BatchNorm3d) -> Tensor:
+    norm.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+    running = norm.running_mean, norm.running_var
+    return _BatchNorm.apply(x, norm.weight, norm.bias, *running, norm.momentum, norm.eps)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Batch norm in training that turns the gradient it is given into the one it gives back.
+
+    So the largest map of a network has one gradient less in memory, at the peak of a step. None
+    but the stem holds that gradient: its pool and ReLU make a new one.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        momentum: float,
+        eps: float,
+    ) -> Tensor:
+        settings = running_mean, running_var, True, momentum, eps
+        y, mean, rstd = torch.native_batch_norm(x, weight, bias, *settings)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        gradient = gradients[0]
+        sums = torch.zeros(2, x.shape[1], dtype=torch.float64, device="cpu")
+        for values, given in zip(x, gradient, strict=True):  # map by map, for the cache's sake
+            for c, (new, old) in enumerate(zip(given, values, strict=True)):
+                sums[0, c] += new.sum()
+                sums[1, c] += new.mul(old - mean[c]).sum()
+        count = x.numel() // x.shape[1]
+        scale = weight * rstd
+        slope = -scale * rstd**2 * sums[1] / count
+        offset = -scale * sums[0] / count
+        for values, given in zip(x, gradient, strict=True):
+            for c, (new, old) in enumerate(zip(given, values, strict=True)):
+                new.mul_(scale[c]).add_(old - mean[c], alpha=float(slope[c])).add_(float(offset[c]))
+        return gradient, (sums[1] * rstd).to(weight), sums[0].to(weight), None, None, None, None
 
 
 def run(

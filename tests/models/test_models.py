@@ -14,6 +14,7 @@ from covidmtl_core.models import (
     CovidMTL,
     decovnet,
     for_inference,
+    layers,
     resnet3d34,
     shiftnet3d,
     squeezenet3d,
@@ -143,6 +144,25 @@ def test_checkpointing_changes_nothing(make: Callable[[bool], nn.Module]) -> Non
         assert torch.equal(a.grad, b.grad)
     for (name, a), b in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_stems_batch_norm_equals_pytorchs(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 1, 21, 24, 26, dtype=dtype) * 5 + 40
+    trained = []
+    for ours in (True, False):
+        monkeypatch.setattr(layers, "_is_plain", lambda norm, x, ours=ours: ours)
+        stem = seeded(lambda: shiftnet3d(shift=always())).trunk.stem.to(dtype).train()
+        nn.init.uniform_(stem.conv.norm.weight, 0.5, 2)
+        given = x.clone().requires_grad_()
+        stem(given).square().sum().backward()
+        weights = stem.conv.conv.weight, *stem.conv.norm.parameters()
+        trained.append((given.grad, *(p.grad for p in weights), *stem.buffers()))
+    tolerance = 1e-4 if dtype == torch.float32 else 1e-9
+    for a, b in zip(*trained, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 def test_checkpointing_can_be_compiled() -> None:
