@@ -1,4 +1,4 @@
-"""The command line: `covidmtl fetch`, `check`, `preprocess` and `claims diff`."""
+"""The command line: `covidmtl fetch`, `check`, `preprocess`, `train`, `doctor`, `claims diff`."""
 
 import sys
 from pathlib import Path
@@ -86,6 +86,34 @@ def preprocess_command(
         raise typer.Exit(1)
 
 
+@app.command("train")
+def train_command(
+    source: Annotated[Path, typer.Argument(help="Folder that `covidmtl preprocess` made.")],
+    target: Annotated[Path, typer.Argument(help="Folder for the run; a second call goes on.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value of recipe.TrainConfig, as often as needed."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; none: what is there.")] = None,
+) -> None:
+    """Train on the patients of split `train`, then predict and measure those of `test`.
+
+    On several cards: torchrun --nproc-per-node 2 -m covidmtl_core.cli train SOURCE TARGET
+    """
+    from covidmtl_core import recipe, runs
+
+    runs.train(source, target, recipe.TrainConfig.from_texts(settings or []), device)
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Say what this machine can train, after a short step of COVID-MTL."""
+    from covidmtl_core import runs
+
+    for line in runs.doctor():
+        print(line, flush=True)
+
+
 @claims_app.command("diff")
 def claims_diff(
     a: Annotated[Path, typer.Argument(help="A claims.json, or a folder of results.")],
@@ -107,3 +135,7 @@ def main() -> None:
     except CovidMTLError as error:
         print(f"covidmtl: {error}", file=sys.stderr)
         sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

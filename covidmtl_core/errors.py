@@ -25,5 +25,9 @@ class ClaimError(CovidMTLError):
     """A claims file or a recorded result breaks the rules of the claims file."""
 
 
+class TrainingError(CovidMTLError):
+    """A training cannot go on: memory ran out, or a loss is no longer a number."""
+
+
 class MissingDependencyError(CovidMTLError, ImportError):
     """An optional package is needed for this call and is not installed."""

@@ -1,7 +1,7 @@
 """A folder of scans made ready: lungs, cropped volumes, features and a quality page each.
 
-The target holds `settings.json`, a folder `scans/<patient_id>/` for each scan (`volume.nii.gz` in
-HU, `lungs.nii.gz`, `scan.json`, `quality.png`), and for all of them `scans.csv`, `features.csv` and
+The target holds `settings.json`, a folder `scans/<patient_id>/` for each scan (`volume.b2nd` in
+HU, `lungs.b2nd`, `scan.json`, `quality.png`), and for all of them `scans.csv`, `features.csv` and
 `quality.html`. A scan's folder appears whole or not at all, so that a run may be killed at any
 time; the next one does what is missing. A scan whose files were changed since is made again.
 Folders of patients who are no longer listed stay, but are in no table.
@@ -25,7 +25,7 @@ import SimpleITK as sitk
 from filelock import FileLock, Timeout
 from joblib import Parallel, cpu_count, delayed
 
-from covidmtl_core import quality
+from covidmtl_core import quality, store
 from covidmtl_core.boxes import bounds
 from covidmtl_core.claims import write_atomically
 from covidmtl_core.ct import read_ct, resample
@@ -38,7 +38,7 @@ from covidmtl_core.segmentation import METHODS, segment_lungs
 MARGIN_MM = 10.0
 """Around the lungs, in the cropped volumes."""
 
-FILES = ("volume.nii.gz", "lungs.nii.gz", "quality.png", "scan.json")
+FILES = ("volume.b2nd", "lungs.b2nd", "quality.png", "scan.json")
 
 GIB_A_SCAN = 3.0
 """Memory that a scan at 1 mm takes while it is worked on."""
@@ -266,10 +266,7 @@ def _try_scan(
     part = partial / patient_id
     part.mkdir()
     for name, image in (("volume", made.volume), ("lungs", made.lungs)):
-        try:
-            sitk.WriteImage(image, part / f"{name}.nii.gz", useCompression=True)
-        except RuntimeError as error:  # ITK's only word for a full disk
-            raise OSError(f"{part / name} could not be written: is the disk full?") from error
+        store.write(image, part / f"{name}.b2nd")
     (part / "quality.png").write_bytes(picture)
     record = {**origin, **made.measures, "features": made.features.to_dict()}
     (part / "scan.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

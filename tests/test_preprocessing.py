@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import random
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 import SimpleITK as sitk
 
-from covidmtl_core import evaluation, preprocessing, quality
+from covidmtl_core import evaluation, preprocessing, quality, store
 from covidmtl_core.dicom import write_series
 from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.phantom import draw_patient, make_phantom
@@ -57,7 +58,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_a_scan_becomes_a_cropped_volume_lungs_and_features(source: Path, done: Path) -> None:
     truth = make_phantom(draw_patient(3, 0.1), SIZE, SPACING)
     folder = done / "scans" / "p3"
-    volume, lungs = (sitk.ReadImage(folder / f"{name}.nii.gz") for name in ("volume", "lungs"))
+    volume, lungs = (store.read(folder / f"{name}.b2nd") for name in ("volume", "lungs"))
     assert volume.GetSize() == lungs.GetSize() and np.prod(volume.GetSize()) < np.prod(SIZE) / 2
     whole = sitk.Resample(lungs, truth.lungs, sitk.Transform(), sitk.sitkNearestNeighbor)
     found, expected = (sitk.GetArrayFromImage(m) > 0 for m in (whole, truth.lungs))
@@ -145,9 +146,9 @@ def test_changed_or_damaged_scans_are_made_again(source: Path, done: Path, tmp_p
     shutil.copytree(done, tmp_path / "target")
     before = contents(tmp_path / "target")
     scans = tmp_path / "target" / "scans"
-    (scans / "p1" / "volume.nii.gz").write_bytes(b"")
+    (scans / "p1" / "volume.b2nd").write_bytes(b"")
     (scans / "p2" / "scan.json").write_text("[]")
-    (scans / "p3" / "lungs.nii.gz").unlink()
+    (scans / "p3" / "lungs.b2nd").unlink()
     preprocess(tmp_path / "source", tmp_path / "target", SPACING)
     assert contents(tmp_path / "target") == before
     shutil.rmtree(tmp_path / "source" / "scan 4")
@@ -173,13 +174,13 @@ def test_a_full_disk_is_one_sentence(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise RuntimeError("itk::ERROR: NiftiImageIO")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sitk, "WriteImage", fail)
+    monkeypatch.setattr(store, "write", fail)
     monkeypatch.setattr(
         preprocessing, "Parallel", lambda **_: lambda calls: (f(*a, **k) for f, a, k in calls)
     )
-    with pytest.raises(DataError, match="cannot be written"):
+    with pytest.raises(DataError, match=r"cannot be written \(No space"):
         preprocess(source, tmp_path / "target", SPACING)
 
 

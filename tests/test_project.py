@@ -13,6 +13,7 @@ import yaml
 from covidmtl_core import __version__, book
 
 CONDA_NAMES = {
+    "blosc2": "python-blosc2",
     "matplotlib": "matplotlib-base",
     "SimpleITK": "simpleitk",
     "snakemake": "snakemake-minimal",
