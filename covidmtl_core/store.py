@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from covidmtl_core.errors import DataError, ParameterError
 
-CHUNKS, BLOCKS = (32, 128, 128), (8, 32, 32)
+CHUNKS, BLOCKS = (32, 128, 128), (16, 64, 64)
 """Voxels (z, y, x) that lie together in the file, and that are unpacked together."""
 
 OFFSET, CAP = 1024, 2000
@@ -41,8 +41,9 @@ def write(image: sitk.Image, path: Path) -> None:
 
     values = sitk.GetArrayFromImage(image)
     parts = [np.minimum(sizes, values.shape).tolist() for sizes in (CHUNKS, BLOCKS)]
-    settings = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters": [blosc2.Filter.SHUFFLE]}
-    settings |= {"filters_meta": [0], "nthreads": 1}  # more write the blocks in any order
+    settings = {"codec": blosc2.Codec.ZSTD, "clevel": 5, "filters_meta": [0]}
+    settings["filters"] = [blosc2.Filter.SHUFFLE if values.itemsize > 1 else blosc2.Filter.NOFILTER]
+    settings["nthreads"] = 1  # more would write the blocks in any order
     array = blosc2.asarray(values, chunks=parts[0], blocks=parts[1], cparams=settings)
     array.schunk.vlmeta["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
     for name in ("Spacing", "Origin", "Direction"):
@@ -89,20 +90,26 @@ def read_crop(volume: Volume, start: Sequence[int], size: Sequence[int]) -> NDAr
     shape = shape_of(volume)
     ends = [min(s + n, most) for s, n, most in zip(start, size, shape, strict=True)]
     firsts = [max(s, 0) for s in start]
-    crop = np.zeros(tuple(size), np.int16)
     if any(first >= end for first, end in zip(firsts, ends, strict=True)):
-        return crop
+        return np.zeros(tuple(size), np.int16)
     box = tuple(slice(first, end) for first, end in zip(firsts, ends, strict=True))
-    inside = tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))
+    lungs = None
     if isinstance(volume, Path):
-        scan, lungs = (volume / f"{name}.b2nd" for name in ("volume", "lungs"))
-        masks = _open(lungs)
+        scan, mask = (volume / f"{name}.b2nd" for name in ("volume", "lungs"))
+        masks = _open(mask)
         if masks.shape != shape:
-            raise DataError(f"{lungs} has another size than its volume: preprocess the scan again.")
-        values = np.where(_part(masks, lungs, box) > 0, _part(_open(scan), scan, box), -OFFSET)
+            raise DataError(f"{mask} has another size than its volume: preprocess the scan again.")
+        values, lungs = _part(_open(scan), scan, box), _part(masks, mask, box)
     else:
         values = volume[box]
-    crop[inside] = np.clip(values.astype(np.int32) + OFFSET, 0, CAP)
+    values = np.clip(values, -OFFSET, CAP - OFFSET).astype(np.int16, copy=False)
+    values += OFFSET
+    if lungs is not None:
+        np.copyto(values, 0, where=lungs == 0)
+    if values.shape == tuple(size):
+        return values
+    crop = np.zeros(tuple(size), np.int16)
+    crop[tuple(slice(b.start - s, b.stop - s) for b, s in zip(box, start, strict=True))] = values
     return crop
 
 

@@ -148,6 +148,9 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
         ("models_speed", "peak memory against plain", 0, 0.9),
         ("models_speed", "inference against plain", 0, 0.55),
         ("models_speed", "compiled inference against plain", 0, 0.45),
+        ("training_cost", "store against slices, times as fast", 10, 1000),
+        ("training_cost", "store against slices, size", 0, 1),
+        ("training_cost", "peak memory of a step, GiB", 0.5, 2.5),
         ("models_speed", "one multitask against three single-task", 0, 0.36),
     ],
 )

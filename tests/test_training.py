@@ -85,7 +85,7 @@ def test_trains_predicts_and_is_loaded_again(
     "changes",
     [
         {"model": "shiftnet3d"},
-        {"model": "resnet3d34", "precision": "bf16", "crop": (70, 36, 36)},
+        {"model": "resnet3d34", "precision": "bf16", "crop": (70, 36, 36), "learning_rate": 1e-3},
         {"model": "decovnet", "augmentation": None, "batch_size": 2, "epochs": 1},
         {
             "model": "squeezenet3d",
