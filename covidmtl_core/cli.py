@@ -1,4 +1,4 @@
-"""The command line: `covidmtl fetch`, `check`, `preprocess`, `train`, `doctor`, `claims diff`."""
+"""The command line: `covidmtl fetch`, `check`, `preprocess`, `train`, `predict` and more."""
 
 import sys
 from pathlib import Path
@@ -103,6 +103,21 @@ def train_command(
     from covidmtl_core import recipe, runs
 
     runs.train(source, target, recipe.TrainConfig.from_texts(settings or []), device)
+
+
+@app.command("predict")
+def predict_command(
+    checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a training.")],
+    source: Annotated[Path, typer.Argument(help="Folder that `covidmtl preprocess` made.")],
+    target: Annotated[Path, typer.Argument(help="CSV to write: a line a patient.")],
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; none: what is there.")] = None,
+) -> None:
+    """Predict every scan of a folder: the probability of each class of each task."""
+    from covidmtl_core import runs
+
+    predicted = runs.predict(checkpoint, source, device)
+    claims.write_atomically(target, predicted.to_csv(lineterminator="\n"))
+    print(f"{len(predicted)} patients predicted: {target}")
 
 
 @app.command("doctor")

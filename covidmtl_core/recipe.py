@@ -38,7 +38,8 @@ class TrainConfig:
         crop: Voxels (D, H, W) of a volume that a network is given.
         jitter: Voxels by which a crop for training lies off the volume's centre, at most, along
             each axis; the authors' code varies it by 50 to 60, in steps of 10.
-        loss: random, uncertainty or mean.
+        loss: random, uncertainty, mean; or uncertainty-as-released, whose weights are never
+            learned.
         draws: The paper's n, of the random-weighted loss.
         shift: Shift3D behind the first convolution of COVID-MTL or ShiftNet3D?
         shift_p: Probability that it shifts a sample.
@@ -58,7 +59,8 @@ class TrainConfig:
         standardise: training: by the training patients' mean and deviation; paper: by its own.
         sync_batchnorm: Shall norms see the whole batch of all processes? The paper's do not.
         refresh_norms: Take the norms' statistics anew over the training patients after the last
-            epoch? For short trainings, in which their slow averages do not settle.
+            epoch, and before each validation? For short trainings, in which their slow averages do
+            not settle.
         precision: float32, bf16 or fp16 (with scaled gradients); auto is float32 on a CPU, and on
             CUDA bf16, or fp16 where the card has none.
         autotune: Let cuDNN try its algorithms? A misspelt flag keeps the authors' code from it.
@@ -104,7 +106,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         choices = {
             "model": ("covid_mtl", *_SINGLE_TASK),
-            "loss": ("random", "uncertainty", "mean"),
+            "loss": ("random", "uncertainty", "uncertainty-as-released", "mean"),
             "standardise": ("training", "paper"),
             "precision": ("auto", "float32", "bf16", "fp16"),
         }

@@ -90,6 +90,26 @@ def train(source: Path, target: Path, config: TrainConfig, device: str | None = 
         dist.destroy_process_group()
 
 
+def predict(checkpoint: Path, source: Path, device: str | None = None) -> pd.DataFrame:
+    """What a trained network says of every ready scan of a folder; see `training.predict`.
+
+    Args:
+        checkpoint: See `training.load`.
+        source: See `store.load_preprocessed`; labels are not looked at.
+        device: None takes CUDA where there is one.
+    """
+    trained = training.load(checkpoint, device)
+    config = trained.config
+    scans, features, volumes = load_preprocessed(source)
+    unknown = pd.DataFrame(-1, index=scans.index, columns=list(config.tasks))
+    patients = Patients(
+        unknown,
+        features if config.use_features else None,
+        volumes if config.use_volume else None,
+    )
+    return training.predict(trained, patients)
+
+
 def doctor() -> Iterator[str]:
     """What this machine can train, line by line; short training steps are run."""
     memory = psutil.virtual_memory().available / 2**30

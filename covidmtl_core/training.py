@@ -31,6 +31,7 @@ from covidmtl_core.claims import write_atomically
 from covidmtl_core.errors import DataError, ParameterError, TrainingError
 from covidmtl_core.losses import (
     MeanLoss,
+    MultitaskLoss,
     RandomWeightedLoss,
     UncertaintyLoss,
     task_losses,
@@ -51,7 +52,8 @@ class Trained:
         model: The network, in eval mode, on the device that it was trained on.
         config: How.
         history: A row an epoch: epoch (from 1), learning_rate, loss, and loss and mean weight of
-            each task; `validation_loss` if there are patients for it; `samples_per_second`,
+            each task; for patients to validate by `validation_loss`, the mean over the tasks of
+            `validation_loss_<task>`, and `validation_accuracy_<task>`; `samples_per_second`,
             `seconds`, `gib` (largest memory).
         scaling: Mean and standard deviation of the volumes; least and range of each feature.
         folder: Where its checkpoints lie.
@@ -157,7 +159,7 @@ def predict(trained: Trained, patients: Patients, batch_size: int | None = None)
     Args:
         trained: From `fit` or `load`.
         patients: Their centre crops are looked at.
-        batch_size: Patients at a time; None is that of the training.
+        batch_size: Patients at a time; None takes as many as the training, or 1024 of features.
 
     Returns:
         Indexed by patient; columns `<task>_<class>`.
@@ -171,7 +173,8 @@ def predict(trained: Trained, patients: Patients, batch_size: int | None = None)
     patients = patients.cropped(config.crop)
     device = next(trained.model.parameters()).device
     model = for_inference(trained.model) if config.use_volume else trained.model.eval()
-    size = batch_size or max(1, config.batch_size // config.micro_batches)
+    usual = config.batch_size // config.micro_batches if config.use_volume else 1024
+    size = batch_size or max(1, usual)
     keys: list[list[tuple[int, int | None]]] = [
         [(i, None) for i in range(first, min(first + size, len(patients)))]
         for first in range(0, len(patients), size)
@@ -205,12 +208,13 @@ class _Step(nn.Module):
 
     def __init__(self, config: TrainConfig, model: nn.Module) -> None:
         super().__init__()
-        losses = {
-            "random": lambda: RandomWeightedLoss(config.draws, torch.Generator()),
-            "uncertainty": lambda: UncertaintyLoss(config.tasks),
-            "mean": MeanLoss,
-        }
-        self.config, self.model, self.loss = config, model, losses[config.loss]()
+        self.config, self.model = config, model
+        self.loss: MultitaskLoss = MeanLoss()
+        if config.loss == "random":
+            self.loss = RandomWeightedLoss(config.draws, torch.Generator())
+        elif config.loss != "mean":
+            self.loss = UncertaintyLoss(config.tasks)
+            self.loss.requires_grad_(config.loss == "uncertainty")
 
     def forward(
         self, batch: dict[str, Any], step: int, part: int
@@ -219,7 +223,7 @@ class _Step(nn.Module):
         if isinstance(self.loss, RandomWeightedLoss) and self.loss.generator:
             # Seeded by the step, so that all parts of a batch are weighted alike.
             self.loss.generator.manual_seed(_seed(seed, "loss", step))
-        torch.manual_seed(_seed(seed, "network", step, part))  # dropout and Shift3D
+        _seed_generators(_seed(seed, "network", step, part))  # of dropout and Shift3D
         outputs = _forward(self.model, self.config, batch)
         labels = {task: batch["labels"][task] for task in outputs}
         found = task_losses({task: output.float() for task, output in outputs.items()}, labels)
@@ -265,7 +269,7 @@ class _Run:
             unknown = any(bool((known < 0).any()) for known in patients.labels.values())
             self.shared = DistributedDataParallel(self.step, find_unused_parameters=unknown)
         self.optimizer = torch.optim.SGD(
-            self.step.parameters(),
+            [p for p in self.step.parameters() if p.requires_grad],
             config.learning_rate,
             config.momentum,
             weight_decay=config.weight_decay,
@@ -285,11 +289,11 @@ class _Run:
         while self.epoch < self.config.epochs:
             row = self._train_epoch()
             self.epoch += 1
-            last = self.epoch == self.config.epochs
-            if last and self.config.refresh_norms:
+            looked_at = self.validation is not None or self.epoch == self.config.epochs
+            if looked_at and self.config.refresh_norms:
                 self._refresh_norms()
             if self.validation is not None:
-                row["validation_loss"] = self._validate()
+                row |= self._validate()
             self.history.append(row)
             self._keep(row)
             if self.progress:
@@ -415,28 +419,24 @@ class _Run:
         for norm, momentum in zip(norms, before, strict=True):
             norm.momentum = momentum
 
-    def _validate(self) -> float:
-        """Mean over tasks and patients of the cross-entropy."""
+    def _validate(self) -> dict[str, float]:
+        """Loss and accuracy of each task over the patients whose label is known."""
         assert self.validation is not None
-        self.step.eval()
-        size = self.config.batch_size
-        places = range(len(self.validation))
-        keys: list[list[tuple[int, int | None]]] = [
-            [(i, None) for i in places[k : k + size]] for k in range(0, len(places), size)
-        ]
-        total, count = 0.0, 0
-        with torch.no_grad():
-            for batch in _loader(self.config, self.validation, keys, self.device):
-                with _autocast(self.config, self.device):
-                    prepared = _prepared(batch, self.scaling, self.device, None)
-                    outputs = _forward(self.step.model, self.config, prepared)
-                for task, output in outputs.items():
-                    labels = prepared["labels"][task]
-                    found = task_losses({task: output.float()}, {task: labels})
-                    known = int((labels >= 0).sum())
-                    total += float(found.get(task, 0.0)) * known
-                    count += known
-        return total / max(count, 1)
+        trained = Trained(self.step.model, self.config, pd.DataFrame(), self.scaling, self.folder)
+        shares = torch.tensor(predict(trained, self.validation).to_numpy())
+        found: dict[str, float] = {}
+        widths = list(self.config.tasks.values())
+        for task, part in zip(self.config.tasks, shares.split(widths, 1), strict=True):
+            labels = self.validation.labels[task]
+            known = labels >= 0
+            if known.any():
+                part, labels = part[known], labels[known]
+                of_label = part.gather(1, labels[:, None]).clamp(min=1e-12)
+                found[f"validation_loss_{task}"] = float(-of_label.log().mean())
+                right = (part.argmax(1) == labels).double().mean()
+                found[f"validation_accuracy_{task}"] = float(right)
+        losses = [value for name, value in found.items() if "_loss_" in name]
+        return {"validation_loss": sum(losses) / max(len(losses), 1)} | found
 
     def _keep(self, row: dict[str, Any]) -> None:
         if self.group.rank:
@@ -482,6 +482,13 @@ def _seed(*parts: Any) -> int:
     """A number of 62 bits for what is named."""
     text = json.dumps(parts).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 2
+
+
+def _seed_generators(seed: int) -> None:
+    """As `torch.manual_seed`, which on a machine without a card remembers each call for it."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(seed)
 
 
 def _batches(config: TrainConfig, n: int, epoch: int) -> list[list[tuple[int, int | None]]]:

@@ -107,7 +107,7 @@ def test_every_network_trains(tmp_path: Path, changes: dict) -> None:
     assert predict(trained, cohort(3)).shape == (3, 2)
 
 
-@pytest.mark.parametrize("loss", ["random", "uncertainty", "mean"])
+@pytest.mark.parametrize("loss", ["random", "uncertainty", "uncertainty-as-released", "mean"])
 def test_features_alone_with_missing_labels(tmp_path: Path, loss: str) -> None:
     patients = cohort(12)
     patients.labels["severity"][:8] = -1
@@ -117,6 +117,9 @@ def test_features_alone_with_missing_labels(tmp_path: Path, loss: str) -> None:
     if loss == "uncertainty":
         saved = torch.load(trained.folder / "last.pt", weights_only=True)
         assert all(float(s.abs()) > 0.01 for s in saved["loss"].values())
+    if loss == "uncertainty-as-released":
+        mean = fit(replace(config, loss="mean"), patients, tmp_path, progress=False)
+        assert np.allclose(trained.history["loss_ct"], mean.history["loss_ct"], rtol=1e-5)
 
 
 def test_stopped_after_any_epoch_it_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
@@ -179,7 +182,10 @@ def test_refreshed_norms_are_those_of_the_training_patients(tmp_path: Path) -> N
 def test_the_best_epoch_is_kept_when_there_are_patients_to_judge_by(tmp_path: Path) -> None:
     config = replace(SMALL, use_volume=False, epochs=6, learning_rate=0.5)
     trained = fit(config, cohort(), tmp_path, validation=cohort(seed=5), progress=False)
-    losses = trained.history["validation_loss"]
+    history = trained.history
+    losses = history["validation_loss"]
+    each = history[["validation_loss_ct", "validation_loss_severity"]]
+    assert np.allclose(losses, each.mean(axis=1)) and history["validation_accuracy_ct"].max() <= 1
     best = load(trained.folder / "best.pt", "cpu")
     assert len(best.history) == losses.argmin() + 1
 
@@ -379,7 +385,10 @@ def test_the_command_line_trains_and_measures(
     runs.train(source, tmp_path / "runs", config, "cpu")
     assert "accuracy" in capsys.readouterr().out
     (folder,) = (tmp_path / "runs").iterdir()
-    assert len(pd.read_csv(folder / "predictions.csv")) == 5
+    predicted = pd.read_csv(folder / "predictions.csv", index_col="patient_id")
+    assert len(predicted) == 5
+    every = runs.predict(folder / "last.pt", source, "cpu")
+    assert len(every) == 12 and np.allclose(every.loc[predicted.index], predicted, atol=1e-5)
     in_memory = cohort(12)
     scans, _, _ = store.load_preprocessed(source)
     train = scans.index[scans["split"] == "train"]
