@@ -12,7 +12,7 @@ RADIOMICS_VERSION := 3.0.1
 .PHONY: book test notebooks phantoms clean
 
 book: $(READY)
-	@echo "Executing and rendering the book: about 15 minutes on 2 cores with the released data,"
+	@echo "Executing and rendering the book: about 20 minutes on 2 cores with the released data,"
 	@echo "3 minutes on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
 	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
 	  --profile book/profiles/local --config tier=$(TIER) $(if $(CHAPTER),chapter=$(CHAPTER))

@@ -6,13 +6,19 @@ processes, or on what was drawn before. The random crop belongs to reading (see 
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from covidmtl_core.errors import ParameterError
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """Probabilities and sizes; together something happens to about 0.4 of the samples, as released.
+
+    Raises:
+        ParameterError: A value is out of its range.
 
     Attributes:
         noise: Probability of Gaussian noise.
@@ -30,6 +36,21 @@ class Augmentation:
     rotation: float = 0.1
     flip: float = 0.15
     flip_axis: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "noise_sd", "rotation", "flip"):
+            value = getattr(self, name)
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, int | float | np.number)
+                or not 0 <= value <= 1
+            ):
+                raise ParameterError(f"augmentation's {name} is {value!r}; it must be from 0 to 1.")
+            object.__setattr__(self, name, float(value))
+        if self.flip_axis not in (0, 1, 2):
+            raise ParameterError(
+                f"augmentation's flip_axis is {self.flip_axis!r}; it must be 0, 1 or 2."
+            )
 
 
 def augment(volumes: Tensor, seeds: Tensor, settings: Augmentation | None = None) -> Tensor:

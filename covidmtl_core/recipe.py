@@ -3,9 +3,10 @@
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+import numpy as np
 import yaml
 from torch import nn
 
@@ -61,8 +62,8 @@ class TrainConfig:
         refresh_norms: Take the norms' statistics anew over the training patients after the last
             epoch, and before each validation? For short trainings, in which their slow averages do
             not settle.
-        precision: float32, bf16 or fp16 (with scaled gradients); auto is float32 on a CPU, and on
-            CUDA bf16, or fp16 where the card has none.
+        precision: float32 or, on CUDA, bf16 or fp16 (with scaled gradients); auto is float32 on a
+            CPU, and on CUDA bf16, or fp16 where the card has none.
         autotune: Let cuDNN try its algorithms? A misspelt flag keeps the authors' code from it.
         checkpointing: Compute activations twice to save memory?
         workers: Processes that load batches; None takes what suits the machine.
@@ -104,6 +105,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._check_types()
         choices = {
             "model": ("covid_mtl", *_SINGLE_TASK),
             "loss": ("random", "uncertainty", "uncertainty-as-released", "mean"),
@@ -120,17 +122,27 @@ class TrainConfig:
                 raise ParameterError(f"{name} is {getattr(self, name)!r}; it must be 1 or more.")
         for name, least in (("crop", 1), ("jitter", 0)):
             sizes = getattr(self, name)
-            whole = all(isinstance(n, int) and n >= least for n in sizes)
-            if len(sizes) != 3 or not whole:
-                raise ParameterError(f"{name} is {sizes}; it must be three sizes in voxels.")
-            object.__setattr__(self, name, tuple(sizes))
+            whole = isinstance(sizes, list | tuple) and all(
+                isinstance(n, int | np.integer) and n >= least for n in sizes
+            )
+            if not whole or len(sizes) != 3:
+                raise ParameterError(f"{name} is {sizes!r}; it must be three sizes in voxels.")
+            object.__setattr__(self, name, tuple(map(int, sizes)))
         if not 0 <= self.min_learning_rate <= self.learning_rate:
             raise ParameterError(
                 f"min_learning_rate is {self.min_learning_rate}; it must be from 0 to "
                 f"learning_rate, {self.learning_rate}."
             )
-        if not self.tasks or any(classes < 2 for classes in self.tasks.values()):
-            raise ParameterError(f"tasks are {self.tasks}; each needs at least 2 classes.")
+        if not (isinstance(self.tasks, dict) and self.tasks) or not all(
+            isinstance(classes, int | np.integer) and classes >= 2
+            for classes in self.tasks.values()
+        ):
+            raise ParameterError(
+                f"tasks are {self.tasks!r}; they must be names with their numbers of classes, at "
+                "least 2."
+            )
+        tasks = {str(task): int(classes) for task, classes in self.tasks.items()}
+        object.__setattr__(self, "tasks", tasks)
         if self.model in _SINGLE_TASK and len(self.tasks) > 1:
             raise ParameterError(
                 f"{self.model} has one task, not {', '.join(self.tasks)}: name one, or covid_mtl."
@@ -145,6 +157,24 @@ class TrainConfig:
             raise ParameterError("use_volume and use_features are both false: set one.")
         if self.model == "shiftnet3d" and not self.shift:
             raise ParameterError("ShiftNet3D without shift is squeezenet3d: name that.")
+
+    def _check_types(self) -> None:
+        """Numbers become Python's own, which checkpoints can hold."""
+        for setting in fields(self):
+            name, value = setting.name, getattr(self, setting.name)
+            if setting.type in (float, int):
+                kind = int | np.integer if setting.type is int else int | float | np.number
+                fits = isinstance(value, kind) and not isinstance(value, bool)
+                if not (fits and 0 <= value < (2**63 if setting.type is int else math.inf)):
+                    wanted = "a whole number" if setting.type is int else "a number"
+                    raise ParameterError(f"{name} is {value!r}; it must be {wanted}, not negative.")
+                object.__setattr__(self, name, setting.type(value))
+            elif setting.type is bool and not isinstance(value, bool):
+                raise ParameterError(f"{name} is {value!r}; it must be true or false.")
+        if self.workers is not None and not (isinstance(self.workers, int) and self.workers >= 0):
+            raise ParameterError(f"workers is {self.workers!r}; it must be 0 or more, or nothing.")
+        if not isinstance(self.augmentation, Augmentation | None):
+            raise ParameterError("augmentation must be an Augmentation, or nothing.")
 
     @classmethod
     def as_released(cls, **changes: Any) -> "TrainConfig":
@@ -195,11 +225,13 @@ class TrainConfig:
                 names = ", ".join(cls.__dataclass_fields__)
                 raise ParameterError(f"{text!r} is not name=value of one of {names}.")
             try:
+                # YAML wants a point before an exponent.
+                value = re.sub(r"(?<![\w.])(\d+)(?=[eE][-+]?\d)", r"\1.0", value)
+                value = re.sub(r"(\d[eE])(?=\d)", r"\1+", value)
                 values[name] = yaml.safe_load(value)
-                if isinstance(values[name], str) and re.fullmatch(r"[\d.]+e-?\d+", value):
-                    values[name] = float(value)  # YAML wants a point before an exponent
-                if name == "augmentation" and values[name] is not None:
-                    values[name] = Augmentation(**values[name])
+                if name == "augmentation":
+                    chosen = values[name] or None
+                    values[name] = chosen and Augmentation(**chosen)
             except (yaml.YAMLError, TypeError):
                 raise ParameterError(f"{text!r} has a value that cannot be understood.") from None
         return cls(**values)

@@ -75,6 +75,7 @@ def train(source: Path, target: Path, config: TrainConfig, device: str | None = 
         measures = {}
         for task, classes in config.tasks.items():
             known = scans.loc[ids[1], task].dropna()
+            known = known[known >= 0]
             columns = [f"{task}_{k}" for k in range(classes)]
             if known.nunique() == classes:
                 measures[task] = classification_metrics(

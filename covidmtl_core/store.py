@@ -195,11 +195,21 @@ class Patients(Dataset[dict[str, Any]]):
             lost = [] if known is None else [p for p in labels.index if p not in known]
             if lost:
                 raise DataError(f"{len(lost)} patients have no {name}, the first is {lost[0]}.")
+        for name, table in (("labels", labels), ("features", features)):
+            if table is not None and not table.index.is_unique:
+                twice = table.index[table.index.duplicated()][0]
+                raise DataError(f"patient {twice} is in the {name} more than once.")
         self.ids = list(labels.index)
         self.crop: Sequence[int] = (200, 250, 250)
         self.jitter: Sequence[int] = (0, 0, 0)
-        columns = labels.astype("Float64").fillna(-1).astype("int64")
-        self.labels = {str(t): torch.tensor(columns[t].to_numpy()) for t in columns}
+        self.labels = {}
+        for task in labels:
+            classes = pd.to_numeric(labels[task], errors="coerce").astype("Float64")
+            odd = labels[task].notna() & ~(classes % 1 == 0).fillna(False).astype(bool)
+            if odd.any():
+                patient, label = next(iter(labels[task][odd].items()))
+                raise DataError(f"{task} of patient {patient} is {label}: classes are numbers.")
+            self.labels[str(task)] = torch.tensor(classes.fillna(-1).astype("int64").to_numpy())
         self.volumes = None if volumes is None else [volumes[p] for p in self.ids]
         self.features = None
         if features is not None:

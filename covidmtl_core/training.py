@@ -13,6 +13,7 @@ import os
 import resource
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -99,12 +100,23 @@ def fit(
     """
     group = _Group()
     target = _device(device, group)
-    _check(config, patients, group)
+    _check(config, patients)
+    _check_shares(config, patients, group)
     if validation is not None:
-        _check(config, validation, group)
-    patients = patients.cropped(config.crop, config.jitter)
-    validation = validation and validation.cropped(config.crop)
-    key = _key(config, patients, group)
+        _check(config, validation)
+    if config.sync_batchnorm and target.type == "cpu" and group.size > 1:
+        raise ParameterError("sync_batchnorm is true, but torch has it for CUDA only.")
+    if config.precision not in ("auto", "float32") and target.type == "cpu":
+        raise ParameterError(
+            f"precision is {config.precision}; a CPU trains in float32 only: it is no slower, and "
+            "oneDNN's gradients in bf16 are wrong for maps of depth 2."
+        )
+    patients = _given(config, patients, config.jitter)
+    if validation is not None:
+        validation = _given(config, validation)
+        if not any(bool((validation.labels[task] >= 0).any()) for task in config.tasks):
+            raise ParameterError("no validation patient has a label.")
+    key = _key(config, patients, validation, target, group)
     run = Path(folder) / key
     run.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run / ".lock", timeout=0) if group.rank == 0 else contextlib.nullcontext()
@@ -118,10 +130,9 @@ def fit(
         if "more than 1 value per channel" not in str(error):
             raise
         raise ParameterError(
-            f"a part of a batch has one patient, and crops of {config.crop} end in maps of one "
-            "voxel, which no norm can work on. A training has "
-            f"{len(patients) % config.batch_size or config.batch_size} patient in its last batch: "
-            "change batch_size or micro_batches, or take a larger crop."
+            f"crops of {config.crop} end in maps of one voxel, and where a part of a batch is one "
+            f"patient no norm can work on that: take a larger crop, or another batch_size (now "
+            f"{config.batch_size} of {len(patients)} patients) or micro_batches."
         ) from error
     except RuntimeError as error:
         if not _is_out_of_memory(error):
@@ -169,8 +180,13 @@ def predict(trained: Trained, patients: Patients, batch_size: int | None = None)
         DataError: A volume cannot be read.
     """
     config = trained.config
-    _check(config, patients, _Group())
-    patients = patients.cropped(config.crop)
+    _check(config, patients)
+    patients = _given(config, patients)
+    known = len(trained.scaling["feature_range"])
+    if patients.features is not None and patients.features.shape[1] != known:
+        raise ParameterError(
+            f"the network knows {known} features, the patients have {patients.features.shape[1]}."
+        )
     device = next(trained.model.parameters()).device
     model = for_inference(trained.model) if config.use_volume else trained.model.eval()
     usual = config.batch_size // config.micro_batches if config.use_volume else 1024
@@ -284,6 +300,7 @@ class _Run:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scaler.load_state_dict(saved["scaler"])
             self.epoch, self.history, self.best = saved["epoch"], saved["history"], saved["best"]
+            self._write_history()
 
     def train(self) -> Trained:
         while self.epoch < self.config.epochs:
@@ -311,17 +328,14 @@ class _Run:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         self.shared.train()
-        sums: dict[str, float] = {"loss": 0.0}
-        counts: dict[str, int] = {}
+        sums: dict[str, float] = {}
         started = reported = time.perf_counter()
         loader = _loader(config, self.patients, shares, self.device)
         for number, batch in enumerate(loader):
             whole = len(batches[number])
             done = self._one_step(batch, self.epoch * len(batches) + number, whole, number)
-            sums["loss"] += done.pop("loss") * whole
             for name, value in done.items():
                 sums[name] = sums.get(name, 0.0) + value
-                counts[name] = counts.get(name, 0) + 1
             now = time.perf_counter()
             if self.progress and now - reported > _REPORT_SECONDS:
                 reported = now
@@ -333,7 +347,12 @@ class _Run:
                 )
         seconds = time.perf_counter() - started
         samples = sum(map(len, batches))
-        means = {name: sums[name] / n for name, n in counts.items()}
+        means = {
+            f"{kind}_{task}": sums[f"{kind}_{task}"] / sums[f"{of}_{task}"]
+            for kind, of in (("loss", "known"), ("weight", "calls"))
+            for task in config.tasks
+            if sums.get(f"{of}_{task}")
+        }
         return {
             "epoch": self.epoch + 1,
             "learning_rate": config.learning_rate_of(self.epoch),
@@ -347,11 +366,16 @@ class _Run:
     def _one_step(
         self, batch: dict[str, Any], step: int, whole: int, number: int
     ) -> dict[str, float]:
-        """Forward, backward and update; means of losses and weights over parts and processes."""
+        """Forward, backward and update.
+
+        Returns:
+            Sums over the batch: `loss` and, of each task, `loss` over the `known` labels and
+            `weight` over the `calls` that had any.
+        """
         config, group = self.config, self.group
         self.optimizer.zero_grad(set_to_none=True)
         parts = _parts(batch, config.micro_batches)
-        sums: dict[str, float] = {"loss": 0.0}
+        sums: defaultdict[str, float] = defaultdict(float)
         for place, part in enumerate(parts):
             share = len(part["index"]) / whole
             hurry = group.size > 1 and place < len(parts) - 1
@@ -365,23 +389,21 @@ class _Run:
                 self._check_finite(total, losses, part, number)
                 # The processes' gradients are averaged: so each gives its part of the whole.
                 self.scaler.scale(total * share * group.size).backward()
-            sums["loss"] += float(total.detach()) * share
+            sums["loss"] += float(total.detach()) * len(part["index"])
+            weights = self.step.loss.weights
             for task, loss in losses.items():
-                value = float(loss) * len(part["index"]) / len(batch["index"])
-                sums[f"loss_{task}"] = sums.get(f"loss_{task}", 0.0) + value
+                known = int((part["labels"][task] >= 0).sum())
+                sums[f"loss_{task}"] += float(loss) * known
+                sums[f"known_{task}"] += known
+                sums[f"weight_{task}"] += weights[task]
+                sums[f"calls_{task}"] += 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        sums |= {f"weight_{task}": weight for task, weight in self.step.loss.weights.items()}
-        return self._over_processes(sums)
-
-    def _over_processes(self, sums: dict[str, float]) -> dict[str, float]:
-        if self.group.size == 1:
-            return sums
-        found: list[Any] = [None] * self.group.size
-        dist.all_gather_object(found, sums)
-        names = {name: sum(name in other for other in found) for other in found for name in other}
-        joined = {n: sum(other.get(n, 0.0) for other in found) for n in names}
-        return {n: v if n == "loss" else v / names[n] for n, v in joined.items()}
+        found: list[Any] = [sums]
+        if group.size > 1:
+            found *= group.size
+            dist.all_gather_object(found, sums)
+        return {name: sum(other[name] for other in found) for other in found for name in other}
 
     def _check_finite(
         self, total: Tensor, losses: dict[str, Tensor], part: dict[str, Any], number: int
@@ -463,8 +485,12 @@ class _Run:
                 stream.flush()
                 os.fsync(stream.fileno())
             part.replace(self.folder / name)
-        table = pd.DataFrame(self.history).to_csv(index=False, lineterminator="\n")
-        write_atomically(self.folder / "history.csv", table)
+        self._write_history()
+
+    def _write_history(self) -> None:
+        if self.group.rank == 0:
+            table = pd.DataFrame(self.history).to_csv(index=False, lineterminator="\n")
+            write_atomically(self.folder / "history.csv", table)
 
     def _line(self, row: dict[str, Any]) -> str:
         parts = [f"{t} {row[f'loss_{t}']:.3f}" for t in self.config.tasks if f"loss_{t}" in row]
@@ -509,8 +535,8 @@ def _loader(
     if workers is None:
         spare = (os.cpu_count() or 1) // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         workers = min(4, spare) if device.type == "cuda" and patients.volumes is not None else 0
-    return iter(
-        DataLoader(
+    try:
+        yield from DataLoader(
             patients,
             batch_sampler=batches,  # type: ignore[arg-type]
             collate_fn=_as_it_is,
@@ -518,7 +544,8 @@ def _loader(
             pin_memory=device.type == "cuda",
             prefetch_factor=2 if workers else None,
         )
-    )
+    except DataError as error:  # from a worker it comes with a traceback as its text
+        raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
 
 
 def _as_it_is(batch: Any) -> Any:
@@ -588,23 +615,35 @@ def _scaling(config: TrainConfig, patients: Patients) -> dict[str, Tensor]:
     }
 
 
-def _check(config: TrainConfig, patients: Patients, group: _Group) -> None:
+def _given(config: TrainConfig, patients: Patients, jitter: Sequence[int] = (0, 0, 0)) -> Patients:
+    """The patients, with what the network takes of them."""
+    given = patients.cropped(config.crop, jitter)
+    given.volumes = given.volumes if config.use_volume else None
+    given.features = given.features if config.use_features else None
+    return given
+
+
+def _check(config: TrainConfig, patients: Patients) -> None:
     """Do parameters and patients go together?"""
     if config.use_volume and patients.volumes is None:
         raise ParameterError("use_volume is true, but the patients have no volumes.")
     if config.use_features and patients.features is None:
         raise ParameterError("use_features is true, but the patients have no features.")
-    if config.batch_size < group.size:
-        raise ParameterError(
-            f"batch_size is {config.batch_size}; it must be at least {group.size}, the number of "
-            "processes."
-        )
     for task, classes in config.tasks.items():
         if task not in patients.labels:
             raise ParameterError(f"there is no label {task!r}: {', '.join(patients.labels)}.")
         most = int(patients.labels[task].max())
         if most >= classes:
             raise ParameterError(f"{task} has {classes} classes, but a patient's is {most}.")
+
+
+def _check_shares(config: TrainConfig, patients: Patients, group: _Group) -> None:
+    """Has every process a patient of every batch?"""
+    if config.batch_size < group.size:
+        raise ParameterError(
+            f"batch_size is {config.batch_size}; it must be at least {group.size}, the number of "
+            "processes."
+        )
     rest = len(patients) % config.batch_size
     if 0 < rest < group.size:
         raise ParameterError(
@@ -612,10 +651,20 @@ def _check(config: TrainConfig, patients: Patients, group: _Group) -> None:
         )
 
 
-def _key(config: TrainConfig, patients: Patients, group: _Group) -> str:
-    settings = asdict(config)
-    settings.pop("workers")
-    text = json.dumps([_FORMAT, settings, group.size, patients.fingerprint()], sort_keys=True)
+def _key(
+    config: TrainConfig,
+    patients: Patients,
+    validation: Patients | None,
+    device: torch.device,
+    group: _Group,
+) -> str:
+    settings = asdict(config) | {
+        "workers": None,
+        "tasks": list(config.tasks.items()),
+        "precision": str(_precision(config, device)),
+    }
+    data = [p.fingerprint() for p in (patients, validation) if p is not None]
+    text = json.dumps([_FORMAT, settings, group.size, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -640,9 +689,17 @@ def _device(device: str | torch.device | None, group: _Group) -> torch.device:
         target = torch.device(device)
     except RuntimeError:
         raise ParameterError(f"device is {device!r}; it must be cpu or cuda.") from None
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise ParameterError("device is cuda, but torch finds none: run `covidmtl doctor`.")
+    if target.type not in ("cpu", "cuda"):
+        raise ParameterError(f"device is {device!r}; it must be cpu or cuda.")
     if target.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ParameterError("device is cuda, but torch finds none: run `covidmtl doctor`.")
+        place = group.local_rank if target.index is None else target.index
+        if place >= torch.cuda.device_count():
+            raise ParameterError(
+                f"there is no card {place}: torch finds {torch.cuda.device_count()}."
+            )
+        target = torch.device("cuda", place)
         torch.cuda.set_device(target)
     return target
 

@@ -130,5 +130,12 @@ def test_patients_that_cannot_be_used() -> None:
         Patients(LABELS, features)
     with pytest.raises(DataError, match="1 patients have no features, the first is c"):
         Patients(LABELS, features.iloc[:1].reindex(["a", "b"], fill_value=0.0))
+    whole = features.fillna(0)
+    with pytest.raises(DataError, match="patient b is in the features more than once"):
+        Patients(LABELS, whole.iloc[[0, 1, 1, 2]])
+    with pytest.raises(DataError, match=r"ct of patient b is 0\.5"):
+        Patients(LABELS.assign(ct=[0, 0.5, 1]), whole)
+    with pytest.raises(DataError, match="ct of patient c is yes"):
+        Patients(LABELS.assign(ct=[0, 1, "yes"]), whole)
     with pytest.raises(ParameterError, match="volumes, features or both"):
         Patients(LABELS)
