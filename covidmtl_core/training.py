@@ -118,7 +118,10 @@ def fit(
             raise ParameterError("no validation patient has a label.")
     key = _key(config, patients, validation, target, group)
     run = Path(folder) / key
-    run.mkdir(parents=True, exist_ok=True)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"{run} cannot be made ({error.strerror}).") from error
     lock = FileLock(run / ".lock", timeout=0) if group.rank == 0 else contextlib.nullcontext()
     devices = [target] if target.type == "cuda" else []
     try:
@@ -480,11 +483,18 @@ class _Run:
         }
         for name in ["best.pt"] * better + ["last.pt"]:
             part = self.folder / f".{name}.part"
-            with part.open("wb") as stream:
-                torch.save(saved, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            part.replace(self.folder / name)
+            try:
+                with part.open("wb") as stream:
+                    torch.save(saved, stream)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+                part.replace(self.folder / name)
+            except (OSError, RuntimeError) as error:  # torch turns one into the other
+                part.unlink(missing_ok=True)
+                raise DataError(
+                    f"{self.folder / name} cannot be written ({error}): is the disk full? The "
+                    "epoch before is kept; call again to go on."
+                ) from error
         self._write_history()
 
     def _write_history(self) -> None:
@@ -705,12 +715,12 @@ def _device(device: str | torch.device | None, group: _Group) -> torch.device:
 
 
 def _precision(config: TrainConfig, device: torch.device) -> torch.dtype:
+    if device.type == "cpu":
+        return torch.float32
     if config.precision != "auto":
         return {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[
             config.precision
         ]
-    if device.type != "cuda":
-        return torch.float32
     # Cards before Ampere say that they have bf16, and emulate it slowly.
     native = torch.cuda.get_device_capability(device)[0] >= 8
     return torch.bfloat16 if native else torch.float16

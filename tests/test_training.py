@@ -1,5 +1,6 @@
 """Training: it learns, goes on where it was killed, shares its work, and says what is wrong."""
 
+import errno
 import json
 import os
 import subprocess
@@ -342,6 +343,32 @@ def test_exhausted_memory_is_answered_with_what_to_change(
     monkeypatch.setattr(training._Run, "_one_step", fail)
     with pytest.raises(TrainingError, match=r"set micro_batches to 2, checkpointing to true"):
         fit(SMALL, cohort(), tmp_path, progress=False)
+
+
+def test_a_full_disk_keeps_the_epoch_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = replace(SMALL, use_volume=False, epochs=3)
+    save, calls = torch.save, []
+
+    def fail(saved: dict, stream: object) -> None:
+        calls.append(saved["epoch"])
+        if saved["epoch"] == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(saved, stream)
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(DataError, match=r"last\.pt cannot be written .*No space.*call again"):
+        fit(quick, cohort(), tmp_path, progress=False)
+    (folder,) = tmp_path.iterdir()
+    assert sorted(p.name for p in folder.iterdir()) == [".lock", "history.csv", "last.pt"]
+    monkeypatch.undo()
+    again = fit(quick, cohort(), tmp_path, progress=False)
+    whole = fit(quick, cohort(), tmp_path / "whole", progress=False)
+    assert numbers(again.history) == numbers(whole.history)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be made"):
+        fit(quick, cohort(), tmp_path / "file", progress=False)
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
