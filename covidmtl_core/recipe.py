@@ -118,7 +118,7 @@ class TrainConfig:
                     f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}."
                 )
         for name in ("epochs", "batch_size", "micro_batches", "draws"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if getattr(self, name) < 1:
                 raise ParameterError(f"{name} is {getattr(self, name)!r}; it must be 1 or more.")
         for name, least in (("crop", 1), ("jitter", 0)):
             sizes = getattr(self, name)

@@ -1,6 +1,5 @@
 """Whole runs as the command line starts them: training with its test; a look at the machine."""
 
-import os
 import platform
 import time
 from collections.abc import Iterator
@@ -21,8 +20,8 @@ from covidmtl_core.recipe import TrainConfig
 from covidmtl_core.shift3d import _fast_path
 from covidmtl_core.store import Patients, load_preprocessed
 
-_GIB_FIRST, _GIB_NEXT = 2.2, 1.9
-"""Memory of a training step of COVID-MTL on a CPU: with one volume, and for each more."""
+_GIB_FIRST, _GIB_NEXT = 2.3, 1.2
+"""Peak of a training step at full size on a CPU, measured: one volume, and each more (to three)."""
 
 
 def split(scans: pd.DataFrame) -> tuple[pd.Index, pd.Index]:
@@ -70,7 +69,7 @@ def train(source: Path, target: Path, config: TrainConfig, device: str | None = 
         for side in ids
     ]
     trained = training.fit(config, sides[0], target, device=device)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if not dist.is_initialized() or dist.get_rank() == 0:
         predicted = training.predict(trained, sides[1])
         measures = {}
         for task, classes in config.tasks.items():

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 
+from covidmtl_core.claims import write_atomically
 from covidmtl_core.errors import DataError, ParameterError
 
 CHUNKS, BLOCKS = (32, 128, 128), (16, 64, 64)
@@ -48,12 +49,7 @@ def write(image: sitk.Image, path: Path) -> None:
     array.schunk.vlmeta["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
     for name in ("Spacing", "Origin", "Direction"):
         array.schunk.vlmeta[name] = list(getattr(image, f"Get{name}")())
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(array.to_cframe())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, array.to_cframe())
 
 
 def read(path: Path) -> sitk.Image:
@@ -87,21 +83,21 @@ def read_crop(volume: Volume, start: Sequence[int], size: Sequence[int]) -> NDAr
     Raises:
         DataError: A file is missing, damaged, or does not fit the other.
     """
-    shape = shape_of(volume)
-    ends = [min(s + n, most) for s, n, most in zip(start, size, shape, strict=True)]
+    whole = _open(volume / "volume.b2nd") if isinstance(volume, Path) else volume
+    ends = [min(s + n, most) for s, n, most in zip(start, size, whole.shape, strict=True)]
     firsts = [max(s, 0) for s in start]
     if any(first >= end for first, end in zip(firsts, ends, strict=True)):
         return np.zeros(tuple(size), np.int16)
     box = tuple(slice(first, end) for first, end in zip(firsts, ends, strict=True))
     lungs = None
     if isinstance(volume, Path):
-        scan, mask = (volume / f"{name}.b2nd" for name in ("volume", "lungs"))
+        mask = volume / "lungs.b2nd"
         masks = _open(mask)
-        if masks.shape != shape:
+        if masks.shape != whole.shape:
             raise DataError(f"{mask} has another size than its volume: preprocess the scan again.")
-        values, lungs = _part(_open(scan), scan, box), _part(masks, mask, box)
+        values, lungs = _part(whole, volume / "volume.b2nd", box), _part(masks, mask, box)
     else:
-        values = volume[box]
+        values = whole[box]
     values = np.clip(values, -OFFSET, CAP - OFFSET).astype(np.int16, copy=False)
     values += OFFSET
     if lungs is not None:
@@ -165,7 +161,7 @@ def load_preprocessed(
     scans = tables[0][tables[0]["state"] == "ready"]
     if scans.empty:
         raise DataError(f"no scan of {folder} is ready: see the reasons in scans.csv.")
-    return scans, tables[1], {p: folder / "scans" / str(p) for p in scans.index}
+    return scans, tables[1], {p: folder / "scans" / p for p in scans.index}
 
 
 class Patients(Dataset[dict[str, Any]]):

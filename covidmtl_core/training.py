@@ -161,7 +161,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
     target = _device(device, _Group())
     saved = _read_checkpoint(Path(path), target)
     config = TrainConfig.from_saved(saved["config"])
-    scaling = {name: value.to(target) for name, value in saved["scaling"].items()}
+    scaling = _on_cpu(saved["scaling"])
     model = config.make_model(len(scaling["feature_range"])).to(target)
     model.load_state_dict(saved["model"])
     return Trained(model.eval(), config, pd.DataFrame(saved["history"]), scaling, Path(path).parent)
@@ -275,8 +275,7 @@ class _Run:
             saved = _read_checkpoint(folder / "last.pt", device)
             if saved["key"] != key:
                 raise DataError(f"{folder / 'last.pt'} is of another training: delete it.")
-        self.scaling = saved["scaling"] if saved else _scaling(config, patients)
-        self.scaling = {name: value.to(device) for name, value in self.scaling.items()}
+        self.scaling = _on_cpu(saved["scaling"]) if saved else _scaling(config, patients)
         torch.manual_seed(_seed(config.seed, "weights"))
         model = config.make_model(len(self.scaling["feature_range"]))
         if config.sync_batchnorm and group.size > 1:
@@ -592,9 +591,8 @@ def _prepared(
             volume = augment(volume, batch["seed"], augmentation)
         ready["volume"] = volume
     if batch["features"] is not None:
-        least, range_ = scaling["feature_least"].cpu(), scaling["feature_range"].cpu()
-        scaled = ((batch["features"] - least) / range_).float()
-        ready["features"] = scaled.to(device, non_blocking=True)
+        scaled = (batch["features"] - scaling["feature_least"]) / scaling["feature_range"]
+        ready["features"] = scaled.float().to(device, non_blocking=True)
     ready["labels"] = {
         task: values.to(device, non_blocking=True) for task, values in batch["labels"].items()
     }
@@ -604,8 +602,7 @@ def _prepared(
 def _forward(model: nn.Module, config: TrainConfig, batch: dict[str, Any]) -> dict[str, Tensor]:
     if config.model != "covid_mtl":
         return {task: model(batch["volume"]) for task in config.tasks}
-    volume = batch["volume"] if config.use_volume else None
-    return model(volume, batch["features"] if config.use_features else None)
+    return model(batch["volume"], batch["features"])
 
 
 def _scaling(config: TrainConfig, patients: Patients) -> dict[str, Tensor]:
@@ -623,6 +620,10 @@ def _scaling(config: TrainConfig, patients: Patients) -> dict[str, Tensor]:
         "feature_least": least,
         "feature_range": torch.where(range_ > 0, range_, 1.0),
     }
+
+
+def _on_cpu(scaling: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.cpu() for name, value in scaling.items()}
 
 
 def _given(config: TrainConfig, patients: Patients, jitter: Sequence[int] = (0, 0, 0)) -> Patients:
