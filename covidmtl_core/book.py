@@ -267,10 +267,19 @@ def provenance(chapter: Chapter) -> dict[str, Any]:
         "versions": _versions(),
         "data": data,
         "parameters": chapter.parameters,
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": device(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(time.monotonic() - chapter.started),
     }
+
+
+def device(name: str | None = None) -> str:
+    """In words; None or `cpu` for the processor, `cuda` for the card."""
+    if name is not None and name.startswith("cuda"):
+        import torch
+
+        return str(torch.cuda.get_device_name(name))
+    return f"{platform.machine()} CPU, {os.cpu_count()} cores"
 
 
 def _versions() -> dict[str, str]:

@@ -120,6 +120,35 @@ def predict_command(
     print(f"{len(predicted)} patients predicted: {target}")
 
 
+@app.command("grid")
+def grid_command(
+    patients: Annotated[int, typer.Option(help="Phantoms to train and test on.")] = 120,
+    epochs: Annotated[int, typer.Option(help="Epochs of a training.")] = 16,
+    mm: Annotated[float, typer.Option(help="Voxel size.")] = 6.0,
+    seeds: Annotated[int, typer.Option(help="Seeds of each experiment, from 0.")] = 3,
+    minutes: Annotated[float, typer.Option(help="No training begins later.")] = float("inf"),
+    jobs: Annotated[int, typer.Option(help="Trainings at once, a thread each.")] = 1,
+    only: Annotated[
+        list[str] | None, typer.Option(help="An experiment, as often as needed; none: all.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; none: what is there.")] = None,
+) -> None:
+    """Train the book's whole grid of experiments on phantoms; the book shows it as recorded.
+
+    Trainings are kept among the results, so that a stopped grid goes on.
+    """
+    import torch
+
+    from covidmtl_core import book, experiments
+
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    folder = book.results_root() / "grid"
+    study = experiments.phantom_study(patients, epochs, folder, mm, target)
+    names = only or list(experiments.CATALOGUE)
+    found = experiments.grid(study, names, range(seeds), minutes, jobs)
+    print(f"Recorded: {experiments.record(found, study, mm)}")
+
+
 @app.command("doctor")
 def doctor_command() -> None:
     """Say what this machine can train, after a short step of COVID-MTL."""

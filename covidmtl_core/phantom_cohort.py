@@ -112,6 +112,20 @@ def patient(patient_id: int) -> "Patient":
     return replace(drawn, noise=0.7 * drawn.noise) if hospital == "Phantom B" else drawn
 
 
+def other_scanner(patient_id: int) -> "Patient":
+    """A patient of another site: infected, with a noisier scanner and a smaller field of view.
+
+    Args:
+        patient_id: From 1; none of them is in `cohort`.
+    """
+    from covidmtl_core.phantom import draw_patient
+
+    rng = np.random.default_rng([SEED, 2, patient_id])
+    burden = float(np.clip(0.045 * np.exp(0.85 * rng.normal()), 0.004, 0.36))
+    drawn = draw_patient(SEED + N_SOURCE + patient_id, burden)
+    return replace(drawn, noise=1.5 * drawn.noise, field_of_view=350.0, padding=-2000)
+
+
 def measure(patient_id: int) -> pd.Series:
     """Features and geometry of a patient's scan, through DICOM, reader and segmentation."""
     import SimpleITK as sitk

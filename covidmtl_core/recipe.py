@@ -12,7 +12,15 @@ from torch import nn
 
 from covidmtl_core.augment import Augmentation
 from covidmtl_core.errors import ParameterError
-from covidmtl_core.models import CovidMTL, decovnet, resnet3d34, shiftnet3d, squeezenet3d
+from covidmtl_core.models import (
+    CovidMTL,
+    decovnet,
+    resnet3d34,
+    shiftnet3d,
+    squeezenet3d,
+    transfer_severity,
+)
+from covidmtl_core.models.squeezenet3d import PLACES
 from covidmtl_core.shift3d import Shift3D
 
 PAPER_STANDARDISATION = (16.71, 85.17)
@@ -42,11 +50,15 @@ class TrainConfig:
         loss: random, uncertainty, mean; or uncertainty-as-released, whose weights are never
             learned.
         draws: The paper's n, of the random-weighted loss.
-        shift: Shift3D behind the first convolution of COVID-MTL or ShiftNet3D?
+        shift: Shift3D in COVID-MTL or ShiftNet3D?
         shift_p: Probability that it shifts a sample.
         shift_max: Its longest shift, a share of the axis.
         shift_distribution: uniform or normal.
+        shift_place: Where it sits: input, stem (behind the first convolution, the paper), stage1,
+            stage2 or stage3 (behind a pair of Fire modules).
         shift_as_released: Its outcomes as the authors' code draws them.
+        frozen_trunk: Take the trunk of a trained COVID-MTL, frozen, and learn severity by new
+            layers (section 5.4)? See `start` of `training.fit`.
         epochs: Passes through the training patients.
         batch_size: Patients in a step, over all processes.
         micro_batches: Parts into which a process divides its share of a batch, one after the
@@ -85,7 +97,9 @@ class TrainConfig:
     shift_p: float = 0.25
     shift_max: float = 0.2
     shift_distribution: str = "uniform"
+    shift_place: str = "stem"
     shift_as_released: bool = False
+    frozen_trunk: bool = False
     epochs: int = 80
     batch_size: int = 10
     micro_batches: int = 1
@@ -110,6 +124,7 @@ class TrainConfig:
             "model": ("covid_mtl", *_SINGLE_TASK),
             "loss": ("random", "uncertainty", "uncertainty-as-released", "mean"),
             "standardise": ("training", "paper"),
+            "shift_place": PLACES,
             "precision": ("auto", "float32", "bf16", "fp16"),
         }
         for name, known in choices.items():
@@ -157,6 +172,11 @@ class TrainConfig:
             raise ParameterError("use_volume and use_features are both false: set one.")
         if self.model == "shiftnet3d" and not self.shift:
             raise ParameterError("ShiftNet3D without shift is squeezenet3d: name that.")
+        given = self.model, list(self.tasks), self.use_volume, self.use_features
+        if self.frozen_trunk and given != ("covid_mtl", ["severity"], True, False):
+            raise ParameterError(
+                "frozen_trunk is for covid_mtl on volumes with the one task severity."
+            )
 
     def _check_types(self) -> None:
         """Numbers become Python's own, which checkpoints can hold."""
@@ -193,12 +213,14 @@ class TrainConfig:
     def make_model(self, n_features: int) -> nn.Module:
         """The network, with random weights from torch's default generator."""
         shift = self._make_shift() if self.shift else None
+        place = self.checkpointing, self.shift_place
         if self.model == "covid_mtl":
             given = self.use_volume, self.use_features
-            return CovidMTL(self.tasks, n_features, *given, shift, self.checkpointing)
+            model = CovidMTL(self.tasks, n_features, *given, shift, *place)
+            return transfer_severity(model, *self.tasks.values()) if self.frozen_trunk else model
         (classes,) = self.tasks.values()
         if self.model == "shiftnet3d":
-            return shiftnet3d(classes, shift, self.checkpointing)
+            return shiftnet3d(classes, shift, *place)
         return _WITHOUT_SHIFT[self.model](classes, checkpointing=self.checkpointing)
 
     def _make_shift(self) -> Shift3D:

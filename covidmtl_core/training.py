@@ -74,6 +74,8 @@ def fit(
     validation: Patients | None = None,
     device: str | torch.device | None = None,
     progress: bool = True,
+    keep_best: bool = True,
+    start: Trained | None = None,
 ) -> Trained:
     """Train a network, or go on where an earlier call was stopped.
 
@@ -85,10 +87,13 @@ def fit(
         config: What and how.
         patients: To train on.
         folder: Of this and other trainings.
-        validation: Patients to choose the best epoch by; never those that are tested on. None
-            keeps the last epoch only, as the paper does.
+        validation: Patients whose losses are noted after each epoch, and by whom the best epoch is
+            chosen; None keeps the last epoch only, as the paper does.
         device: None takes CUDA where there is one.
         progress: Whether a line is printed after each epoch, and each minute in one.
+        keep_best: False where `validation` are the test patients, whose losses are then noted and
+            choose nothing: no `best.pt` is written.
+        start: With `frozen_trunk`, the training whose trunk is taken.
 
     Returns:
         The network after the last epoch.
@@ -111,12 +116,17 @@ def fit(
             f"precision is {config.precision}; a CPU trains in float32 only: it is no slower, and "
             "oneDNN's gradients in bf16 are wrong for maps of depth 2."
         )
+    if config.frozen_trunk != (start is not None):
+        raise ParameterError("frozen_trunk and a training to start from go together.")
+    trunk = start and getattr(start.model, "trunk", None)
+    if start is not None and trunk is None:
+        raise ParameterError("the training to start from has no trunk to take.")
     patients = _given(config, patients, config.jitter)
     if validation is not None:
         validation = _given(config, validation)
         if not any(bool((validation.labels[task] >= 0).any()) for task in config.tasks):
             raise ParameterError("no validation patient has a label.")
-    key = _key(config, patients, validation, target, group)
+    key = _key(config, patients, validation, target, group, trunk)
     run = Path(folder) / key
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -126,7 +136,8 @@ def fit(
     devices = [target] if target.type == "cuda" else []
     try:
         with lock, torch.random.fork_rng(devices), _autotuned(config, target):
-            return _Run(config, patients, validation, run, key, target, group, progress).train()
+            run_of = config, patients, validation, run, key, target, group
+            return _Run(*run_of, progress, keep_best, trunk).train()
     except Timeout:
         raise DataError(f"Another run is training in {run}: wait until it has ended.") from None
     except ValueError as error:
@@ -265,8 +276,11 @@ class _Run:
         device: torch.device,
         group: _Group,
         progress: bool,
+        keep_best: bool,
+        trunk: nn.Module | None,
     ) -> None:
         self.config, self.patients, self.validation = config, patients, validation
+        self.keep_best = keep_best
         self.folder, self.key, self.device, self.group = folder, key, device, group
         self.progress = progress and group.rank == 0
         self.epoch, self.history, self.best = 0, list[dict[str, Any]](), math.inf
@@ -278,6 +292,8 @@ class _Run:
         self.scaling = _on_cpu(saved["scaling"]) if saved else _scaling(config, patients)
         torch.manual_seed(_seed(config.seed, "weights"))
         model = config.make_model(len(self.scaling["feature_range"]))
+        if trunk is not None:
+            model.get_submodule("trunk").load_state_dict(trunk.state_dict())
         if config.sync_batchnorm and group.size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         layout = torch.channels_last_3d if device.type == "cuda" else torch.contiguous_format
@@ -422,7 +438,7 @@ class _Run:
 
     def _refresh_norms(self) -> None:
         norms = [m for m in self.step.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        if not norms or not self.config.use_volume:
+        if not norms or not self.config.use_volume or self.config.frozen_trunk:
             return
         before = [norm.momentum for norm in norms]
         self.step.eval()
@@ -480,7 +496,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        for name in ["best.pt"] * better + ["last.pt"]:
+        for name in ["best.pt"] * (better and self.keep_best) + ["last.pt"]:
             part = self.folder / f".{name}.part"
             try:
                 with part.open("wb") as stream:
@@ -668,6 +684,7 @@ def _key(
     validation: Patients | None,
     device: torch.device,
     group: _Group,
+    trunk: nn.Module | None,
 ) -> str:
     settings = asdict(config) | {
         "workers": None,
@@ -675,6 +692,11 @@ def _key(
         "precision": str(_precision(config, device)),
     }
     data = [p.fingerprint() for p in (patients, validation) if p is not None]
+    if trunk is not None:
+        found = hashlib.sha256()
+        for value in trunk.state_dict().values():
+            found.update(value.cpu().numpy().tobytes())
+        data.append(found.hexdigest())
     text = json.dumps([_FORMAT, settings, group.size, data], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -32,6 +32,7 @@ class CovidMTL(nn.Module):
             or one of your own.
         checkpointing: Compute the trunk's activations again in the backward pass instead of
             keeping them.
+        shift_place: One of `squeezenet3d.PLACES`; the paper's is behind the first convolution.
 
     Raises:
         ValueError: There is no task, or nothing to take.
@@ -45,6 +46,7 @@ class CovidMTL(nn.Module):
         use_features: bool = True,
         shift: Shift3D | bool | None = True,
         checkpointing: bool = False,
+        shift_place: str = "stem",
     ) -> None:
         super().__init__()
         self.tasks = dict({"ct": 2, "nat": 2, "severity": 3} if tasks is None else tasks)
@@ -53,7 +55,7 @@ class CovidMTL(nn.Module):
         self.n_features = n_features
         if isinstance(shift, bool):
             shift = Shift3D() if shift else None
-        self.trunk = Trunk(shift=shift, checkpointing=checkpointing) if use_volume else None
+        self.trunk = Trunk(1, shift, checkpointing, shift_place) if use_volume else None
         self.heads = nn.ModuleDict({t: _volume_head() for t in self.tasks} if use_volume else {})
         self.feature_branch = _feature_branch(n_features) if use_features else None
         width = TASK_WIDTH * (use_volume + use_features)

@@ -10,6 +10,9 @@ from covidmtl_core.shift3d import Shift3D
 WIDTH = 512
 """Feature maps that the trunk ends with."""
 
+PLACES = ("input", "stem", "stage1", "stage2", "stage3")
+"""Where Shift3D can sit: before everything, in the stem (the paper), behind a pair of Fires."""
+
 
 class Fire(nn.Module):
     """SqueezeNet's module: few maps, then many by kernels of 1 and of 3, side by side.
@@ -42,16 +45,25 @@ class Trunk(nn.Module):
 
     Args:
         channels: Of the input.
-        shift: Shift3D behind the first convolution, or None.
+        shift: Shift3D, or None.
         checkpointing: Compute activations again in the backward pass instead of keeping them.
+        shift_place: One of `PLACES`; the paper's is behind the first convolution.
     """
 
     def __init__(
-        self, channels: int = 1, shift: Shift3D | None = None, checkpointing: bool = False
+        self,
+        channels: int = 1,
+        shift: Shift3D | None = None,
+        checkpointing: bool = False,
+        shift_place: str = "stem",
     ) -> None:
         super().__init__()
+        if shift_place not in PLACES:
+            raise ValueError(f"shift_place is {shift_place!r}; it must be among {PLACES}.")
         self.channels, self.checkpointing = channels, checkpointing
-        self.stem = Stem(_conv_norm(channels, 64, 3, stride=2), shift)
+        in_stem = shift_place == "stem"
+        self.stem = Stem(_conv_norm(channels, 64, 3, stride=2), shift if in_stem else None)
+        self.shift, self.shift_place = None if in_stem else shift, shift_place
         stages, width = [], 64
         for number, expanded in enumerate((64, 128, 192, 256), start=1):
             pool = [nn.MaxPool3d(3, 2, 1)] if number > 1 else []  # the stem has the first
@@ -64,10 +76,13 @@ class Trunk(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, channels, D, H, W) to (N, 512, ceil(D / 32), ceil(H / 32), ceil(W / 32))."""
         check_volume(x, self.channels)
-        x = self.stem(x, self.checkpointing)
-        for stage in self.stages:
-            x = run(stage, stage, self.checkpointing, x)
+        x = self.stem(self._shifted(x, "input"), self.checkpointing)
+        for number, stage in enumerate(self.stages, start=1):
+            x = self._shifted(run(stage, stage, self.checkpointing, x), f"stage{number}")
         return x
+
+    def _shifted(self, x: Tensor, place: str) -> Tensor:
+        return x if self.shift is None or self.shift_place != place else self.shift(x)
 
 
 class SqueezeNet3D(nn.Module):
@@ -78,8 +93,9 @@ class SqueezeNet3D(nn.Module):
     Args:
         num_classes: Classes.
         channels: Of the input.
-        shift: Shift3D behind the first convolution, or None.
+        shift: Shift3D, or None.
         checkpointing: As for `Trunk`.
+        shift_place: As for `Trunk`.
     """
 
     def __init__(
@@ -88,9 +104,10 @@ class SqueezeNet3D(nn.Module):
         channels: int = 1,
         shift: Shift3D | None = None,
         checkpointing: bool = False,
+        shift_place: str = "stem",
     ) -> None:
         super().__init__()
-        self.trunk = Trunk(channels, shift, checkpointing)
+        self.trunk = Trunk(channels, shift, checkpointing, shift_place)
         self.head = nn.Sequential(
             nn.Dropout(0.3), nn.Conv3d(WIDTH, num_classes, 1), nn.ReLU(), *global_mean()
         )
@@ -107,10 +124,13 @@ def squeezenet3d(num_classes: int = 2, checkpointing: bool = False) -> SqueezeNe
 
 
 def shiftnet3d(
-    num_classes: int = 2, shift: Shift3D | None = None, checkpointing: bool = False
+    num_classes: int = 2,
+    shift: Shift3D | None = None,
+    checkpointing: bool = False,
+    shift_place: str = "stem",
 ) -> SqueezeNet3D:
     """The paper's ShiftNet3D, for one input channel; None is Shift3D as in the paper."""
-    return SqueezeNet3D(num_classes, shift=shift or Shift3D(), checkpointing=checkpointing)
+    return SqueezeNet3D(num_classes, 1, shift or Shift3D(), checkpointing, shift_place)
 
 
 def global_mean() -> list[nn.Module]:

@@ -1,0 +1,473 @@
+"""The paper's trainings by name (sections 5.3, 5.4 and 7), on a reader's scans or on phantoms.
+
+A name is a network and what is changed of it: `covid_mtl` is the paper's, `covid_mtl.noshift` lacks
+Shift3D, `shiftnet3d.nat` is the single-task network for NAT. Every training is kept by
+`training.fit`, so that what one chapter trained another reads, and what was stopped goes on.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import SimpleITK as sitk
+import torch
+from filelock import FileLock
+from joblib import Parallel, delayed
+
+from covidmtl_core import book, evaluation, phantom, phantom_cohort, runs, segmentation, store
+from covidmtl_core.boxes import bounds
+from covidmtl_core.cohort import TASKS
+from covidmtl_core.errors import ParameterError
+from covidmtl_core.recipe import TrainConfig
+from covidmtl_core.training import Trained, fit, predict
+
+SINGLE_TASK = ("resnet3d34", "squeezenet3d", "decovnet", "shiftnet3d")
+
+QUICK: dict[str, Any] = {
+    "crop": (44, 36, 44),
+    "jitter": (3, 3, 3),
+    "refresh_norms": True,
+    "workers": 0,
+}
+"""What trainings on phantoms change of the paper's recipe, besides their number of epochs."""
+
+QUICK_MM = 6.0
+"""Voxel size of the phantoms."""
+
+_CLASSICAL_MM = 3.0
+"""Voxel size at which the classical method looks for their lungs; coarser, it loses one."""
+
+
+def _catalogue() -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for model, (task, classes) in product(SINGLE_TASK, TASKS.items()):
+        found[f"{model}.{task}"] = {"model": model, "tasks": {task: classes}}
+    found |= {
+        "covid_mtl": {},
+        "covid_mtl.features": {"use_features": True},
+        "covid_mtl.noshift": {"shift": False},
+    }
+    for loss in ("mean", "uncertainty"):
+        found[f"covid_mtl.{loss}"] = {"loss": loss}
+        found[f"covid_mtl.{loss}.noshift"] = {"loss": loss, "shift": False}
+    found["diagnosis"] = {"tasks": {task: TASKS[task] for task in ("ct", "nat")}}
+    transfer = {"tasks": {"severity": TASKS["severity"]}, "frozen_trunk": True}
+    found["transfer"] = transfer
+    found["transfer.noshift"] = transfer | {"shift": False}
+    for task, classes in TASKS.items():
+        of_task = {"model": "shiftnet3d", "tasks": {task: classes}}
+        found[f"shiftnet3d.{task}.gaussian"] = of_task | {"shift_distribution": "normal"}
+        found[f"shiftnet3d.{task}.classical"] = of_task
+    found["covid_mtl.classical"] = {}
+    found["covid_mtl.features_only"] = {"use_volume": False, "use_features": True}
+    for draws in (1, 5, 20):
+        found[f"covid_mtl.draws-{draws}"] = {"draws": draws}
+    for percent in (10, 50, 100):
+        found[f"covid_mtl.p-{percent}"] = {"shift_p": percent / 100}
+    for place in ("input", "stage1", "stage2", "stage3"):
+        found[f"covid_mtl.{place}"] = {"shift_place": place}
+    return found
+
+
+CATALOGUE = _catalogue()
+"""Name to what it changes of `recipe.TrainConfig`. Those ending in `classical` change the lungs."""
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Patients with scans made ready, and who of them is trained on.
+
+    Attributes:
+        table: Indexed by patient: `ct`, `nat`, `severity`.
+        features: The 375 features.
+        volumes: Patient to folder (see `store.Volume`).
+        train: Patients to train on.
+        test: Patients to test on.
+        data: `phantom` or `volumes`.
+    """
+
+    table: pd.DataFrame
+    features: pd.DataFrame
+    volumes: dict[Any, Path]
+    train: pd.Index
+    test: pd.Index
+    data: str
+
+    @property
+    def are_the_papers(self) -> bool:
+        """Are these the paper's 1,329 patients, as far as labels tell?"""
+        counts = len(self.table), int(self.table["ct"].sum()), int(self.table["nat"].sum())
+        return self.data == "volumes" and counts == (1329, 998, 761) and len(self.test) == 399
+
+    def patients(self, ids: pd.Index, config: TrainConfig) -> store.Patients:
+        """Some of the patients, with what a network is given."""
+        features = self.features if config.use_features else None
+        volumes = self.volumes if config.use_volume else None
+        return store.Patients(self.table.loc[ids, list(config.tasks)], features, volumes)
+
+
+@dataclass(frozen=True)
+class Results:
+    """What trainings said of the test patients, and what they cost.
+
+    Attributes:
+        truth: Indexed by patient, labels of the test patients.
+        predictions: Indexed by `experiment`, `seed` and `patient_id`; columns `<task>_<class>`.
+        history: Indexed by `experiment`, `seed` and `epoch`; losses and accuracies of
+            `training.Trained.history`, those of the test patients named `test_...`.
+        costs: Indexed by `experiment` and `seed`: `training_seconds`, `inference_seconds`, `gib`.
+        circumstances: Device, versions, commit, date and sizes, where the results were recorded.
+    """
+
+    truth: pd.DataFrame
+    predictions: pd.DataFrame
+    history: pd.DataFrame
+    costs: pd.DataFrame
+    circumstances: dict[str, Any] = field(default_factory=dict)
+
+    def probabilities(self, experiment: str, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
+        """Labels (n,) and probabilities (n, classes) of the test patients whose label is known."""
+        columns = [f"{task}_{k}" for k in range(TASKS[task])]
+        found = self.predictions.loc[(experiment, seed), columns]
+        labels = self.truth.loc[found.index, task]
+        known = (labels.notna() & (labels >= 0)).to_numpy(bool)
+        return labels[known].to_numpy(int), found[known].to_numpy(float)
+
+    def metrics(self) -> pd.DataFrame:
+        """`evaluation.classification_metrics` by `experiment`, `task` and `seed`."""
+        rows = {}
+        for experiment, seed in self.costs.index:
+            row = self.predictions.loc[(experiment, seed)].iloc[0]
+            for task in TASKS:
+                if f"{task}_0" in row and pd.notna(row[f"{task}_0"]):
+                    measured = evaluation.classification_metrics(
+                        *self.probabilities(experiment, seed, task)
+                    )
+                    rows[experiment, task, seed] = measured
+        return pd.DataFrame(rows).T.rename_axis(["experiment", "task", "seed"])
+
+
+def phantom_scans(n_patients: int, lungs: str = "refined", mm: float = QUICK_MM) -> Scans:
+    """The phantom cohort's first patients, scanned, segmented and cropped; kept among the results.
+
+    Args:
+        n_patients: How many; at most the cohort's 300.
+        lungs: Segmentation method.
+        mm: Voxel size.
+
+    Raises:
+        ParameterError: There are not so many, or too few for every class to be tested on.
+    """
+    cohort = phantom_cohort.cohort()
+    if not 20 <= n_patients <= len(cohort):
+        raise ParameterError(f"n_patients is {n_patients}; it must be from 20 to {len(cohort)}.")
+    table = cohort.iloc[:n_patients]
+    volumes = _made(phantom_cohort.patient, table.index, lungs, mm, "")
+    train, test = runs.split(table)
+    features = phantom_cohort.features().loc[table.index]
+    return Scans(table[list(TASKS)], features, volumes, train, test, "phantom")
+
+
+def other_scanner_scans(n_patients: int, mm: float = QUICK_MM) -> dict[Any, Path]:
+    """Volumes of infected phantoms of another site (see `phantom_cohort.other_scanner`)."""
+    ids = pd.RangeIndex(1, n_patients + 1)
+    return _made(phantom_cohort.other_scanner, ids, "refined", mm, "other-")
+
+
+def volume_scans(data_root: str | Path) -> Scans:
+    """A reader's scans, made ready by `covidmtl preprocess`.
+
+    Raises:
+        ParameterError: No folder is named.
+        DataError: The folder is not one of preprocessed scans, or its split cannot be used.
+    """
+    if not data_root:
+        raise ParameterError(
+            "tier 'volumes' needs data_root, the folder that `covidmtl preprocess` made: "
+            "-p data_root DIR."
+        )
+    scans, features, volumes = store.load_preprocessed(data_root)
+    train, test = runs.split(scans)
+    table = scans[list(TASKS)].apply(pd.to_numeric)
+    return Scans(table, features, dict(volumes), train, test, "volumes")
+
+
+def _made(
+    patient_of: Callable[[int], phantom.Patient], ids: pd.Index, lungs: str, mm: float, prefix: str
+) -> dict[Any, Path]:
+    sources = [Path(str(module.__file__)) for module in (phantom, phantom_cohort, segmentation)]
+    code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
+    root = book.results_root() / "phantoms" / f"{mm:g}mm-{lungs}-{code}"
+    root.mkdir(parents=True, exist_ok=True)
+    paths = {int(k): root / f"{prefix}{k}" for k in ids}
+    with FileLock(root / ".lock"):
+        missing = [k for k, path in paths.items() if not (path / "done").is_file()]
+        Parallel(n_jobs=-1)(delayed(_make)(patient_of(k), lungs, mm, paths[k]) for k in missing)
+    return paths
+
+
+def _make(patient: phantom.Patient, lungs: str, mm: float, folder: Path) -> None:
+    torch.set_num_threads(1)
+    scan = _scanned(patient, mm)
+    if lungs == "classical":
+        mask = segmentation.segment_lungs(_scanned(patient, _CLASSICAL_MM).image, lungs, 1)
+        mask = sitk.Resample(mask, scan.image, sitk.Transform(), sitk.sitkNearestNeighbor)
+    else:
+        mask = segmentation.segment_lungs(scan.image, lungs, 1)
+    box = bounds(sitk.GetArrayViewFromImage(mask) > 0, 2)[::-1]
+    for name, image in (("volume", scan.image), ("lungs", mask), ("lesions", scan.lesions)):
+        store.write(image[box], folder / f"{name}.b2nd")
+    (folder / "done").touch()
+
+
+def _scanned(patient: phantom.Patient, mm: float) -> phantom.Phantom:
+    return phantom.make_phantom(patient, [round(n / mm) for n in phantom.SIZE], mm)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Scans, and the recipe that the experiments on them share.
+
+    Attributes:
+        scans: To train and test on.
+        settings: What is changed of `recipe.TrainConfig` in all experiments.
+        folder: Where trainings are kept.
+        classical: The same patients with lungs of the classical method, where there are any.
+        device: As for `training.fit`.
+    """
+
+    scans: Scans
+    settings: dict[str, Any]
+    folder: Path
+    classical: Callable[[], Scans] | None = None
+    device: str | None = None
+
+    def config(self, name: str, seed: int) -> TrainConfig:
+        """The recipe of an experiment.
+
+        Raises:
+            ParameterError: The name is not in `CATALOGUE`.
+        """
+        if name not in CATALOGUE:
+            raise ParameterError(
+                f"there is no experiment {name!r}; there are {', '.join(CATALOGUE)}."
+            )
+        changes = CATALOGUE[name]
+        epochs = {}
+        if changes.get("frozen_trunk"):  # the paper's 50 epochs after 80, or the same share
+            whole = self.settings.get("epochs", TrainConfig.epochs)
+            epochs = {"epochs": max(1, round(whole * 50 / 80))}
+        return TrainConfig(**(self.settings | {"seed": seed} | epochs | changes))
+
+    def train(self, name: str, seed: int = 0, progress: bool = True) -> Trained:
+        """Train an experiment's network, or read it where it was trained before."""
+        config = self.config(name, seed)
+        scans = self._scans(name)
+        start = self.train("diagnosis", seed, progress) if config.frozen_trunk else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        sides = [scans.patients(ids, config) for ids in (scans.train, scans.test)]
+        with FileLock(self.folder / f".{name}-{seed}.lock"):  # whoever comes second reads
+            return fit(
+                config,
+                sides[0],
+                self.folder,
+                validation=sides[1],
+                keep_best=False,
+                device=self.device,
+                progress=progress,
+                start=start,
+            )
+
+    def run(
+        self, names: Iterable[str], seeds: Sequence[int] = (0,), progress: bool = True
+    ) -> Results:
+        """Train what is named, with each seed, and predict the test patients."""
+        predictions, histories, costs = {}, {}, {}
+        for seed, name in product(seeds, names):
+            if progress:
+                print(f"{name}, seed {seed}", flush=True)
+            trained = self.train(name, seed, progress)
+            scans = self._scans(name)
+            begun = time.perf_counter()
+            found = predict(trained, scans.patients(scans.test, trained.config))
+            seconds = time.perf_counter() - begun
+            history = trained.history.set_index("epoch")
+            predictions[name, seed] = found
+            costs[name, seed] = {
+                "training_seconds": history["seconds"].sum(),
+                "inference_seconds": seconds,
+                "gib": history["gib"].max(),
+            }
+            kept = history.loc[:, ["loss" in c or "accuracy" in c for c in history]]
+            histories[name, seed] = kept.rename(columns=lambda c: c.replace("validation", "test"))
+        levels = ["experiment", "seed"]
+        columns = [f"{task}_{k}" for task, n in TASKS.items() for k in range(n)]
+        return Results(
+            self.scans.table.loc[self.scans.test],
+            pd.concat(predictions, names=[*levels, "patient_id"]).reindex(columns=columns),
+            pd.concat(histories, names=[*levels, "epoch"]),
+            pd.DataFrame(costs).T.rename_axis(levels),
+        )
+
+    def _scans(self, name: str) -> Scans:
+        if not name.endswith(".classical"):
+            return self.scans
+        if self.classical is None:
+            raise ParameterError(f"{name} needs scans with lungs of the classical method.")
+        return self.classical()
+
+
+def study(
+    tier: str,
+    n_patients: int,
+    n_epochs: int,
+    data_root: str | Path | None = None,
+    classical_root: str | Path | None = None,
+    device: str | None = None,
+) -> Study:
+    """The study of a tier: the reader's scans in `volumes`, else phantoms.
+
+    Args:
+        tier: See `cohort.TIERS`.
+        n_patients: Phantoms; of the reader's scans all are taken.
+        n_epochs: Epochs of a training.
+        data_root: Folder that `covidmtl preprocess` made, in tier `volumes`.
+        classical_root: The same, made with `--method classical`.
+        device: As for `training.fit`.
+
+    Raises:
+        ParameterError: A size or a folder cannot be used.
+        DataError: A folder is not one of preprocessed scans.
+    """
+    folder = book.results_root() / tier / "trainings"
+    if tier == "volumes":
+        other = None if classical_root is None else lambda: volume_scans(classical_root)
+        return Study(volume_scans(data_root or ""), {"epochs": n_epochs}, folder, other, device)
+    return phantom_study(n_patients, n_epochs, folder, device=device)
+
+
+def phantom_study(
+    n_patients: int,
+    n_epochs: int,
+    folder: Path,
+    mm: float = QUICK_MM,
+    device: str | None = None,
+) -> Study:
+    """A study of phantoms; arguments as for `study` and `phantom_scans`."""
+    scale = QUICK_MM / mm
+    settings = QUICK | {"epochs": n_epochs}
+    for name in ("crop", "jitter"):
+        settings[name] = tuple(round(n * scale) for n in QUICK[name])
+    return Study(
+        phantom_scans(n_patients, mm=mm),
+        settings,
+        folder,
+        lambda: phantom_scans(n_patients, "classical", mm),
+        device,
+    )
+
+
+# --- the whole grid, recorded -----------------------------------------------------------------
+
+
+def grid(
+    on: Study,
+    names: Sequence[str] = tuple(CATALOGUE),
+    seeds: Sequence[int] = (0,),
+    minutes: float = float("inf"),
+    n_jobs: int = 1,
+) -> Results:
+    """Many trainings, one seed after the other, in several processes; see also `Study.run`.
+
+    Args:
+        on: Scans and recipe.
+        names: Of `CATALOGUE`.
+        seeds: Of each.
+        minutes: None is begun later.
+        n_jobs: Trainings at once, on one thread each if there are several.
+    """
+    last = time.monotonic() + 60 * minutes
+    # What others start from comes first.
+    order = sorted(names, key=lambda name: (name.startswith("transfer"), name != "diagnosis"))
+    jobs = [(name, seed) for seed in seeds for name in order]
+    done = Parallel(n_jobs=n_jobs, batch_size=1, pre_dispatch=n_jobs, return_as="generator")(
+        delayed(_one)(on, name, seed, last, n_jobs > 1) for name, seed in jobs
+    )
+    found: list[Results] = []
+    for (name, seed), result in zip(jobs, done, strict=True):
+        if result is not None:
+            found.append(result)
+            print(f"{len(found)} of {len(jobs)}: {name}, seed {seed}", flush=True)
+    if not found:
+        raise ParameterError(f"minutes is {minutes}: not one training was begun.")
+    tables = [pd.concat([getattr(r, name) for r in found]) for name in _TABLES[1:]]
+    return Results(found[0].truth, *tables)
+
+
+def _one(on: Study, name: str, seed: int, last: float, alone: bool) -> Results | None:
+    if time.monotonic() > last:
+        return None
+    if alone:
+        torch.set_num_threads(1)
+    return on.run([name], [seed], progress=False)
+
+
+_TABLES = ("truth", "predictions", "history", "costs")
+
+
+def record(results: Results, on: Study, mm: float) -> Path:
+    """Keep results of phantoms, with their circumstances, where `recorded` finds them.
+
+    Raises:
+        ParameterError: This package runs without the book's repository.
+    """
+    root = book.repository_folder()
+    if root is None:
+        raise ParameterError("results are kept in the book's repository: run from a copy of it.")
+    folder = root / "book" / "recorded"
+    name = "grid_gpu" if str(on.device).startswith("cuda") else "grid"
+    seeds = sorted({int(seed) for _, seed in results.costs.index})
+    circumstances = {
+        "patients": {"training": len(on.scans.train), "test": len(on.scans.test)},
+        "mm": mm,
+        "settings": on.settings,
+        "seeds": seeds,
+        "trainings": len(results.costs),
+        "device": book.device(on.device),
+        "versions": {package: metadata.version(package) for package in ("torch", "numpy")},
+        "commit": book.commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    for part in _TABLES:
+        table: pd.DataFrame = getattr(results, part)
+        packed = "" if part in ("truth", "costs") else ".xz"
+        path = folder / f"{name}_{part}.csv{packed}"
+        table.to_csv(path, float_format="%.5g", lineterminator="\n")
+    target = folder / f"{name}.json"
+    target.write_text(json.dumps(circumstances, indent=2) + "\n")
+    return target
+
+
+def recorded(name: str = "grid") -> Results | None:
+    """The full grid on phantoms as it was recorded, or None without the repository.
+
+    Args:
+        name: `grid`, or `grid_gpu`.
+    """
+    circumstances, root = book.recorded(name), book.repository_folder()
+    if circumstances is None or root is None:
+        return None
+    levels = {"truth": 1, "predictions": 3, "history": 3, "costs": 2}
+    tables = []
+    for part in _TABLES:
+        (path,) = (root / "book" / "recorded").glob(f"{name}_{part}.csv*")
+        tables.append(pd.read_csv(path, index_col=list(range(levels[part]))))
+    return Results(*tables, circumstances)
