@@ -306,8 +306,9 @@ class Study:
                 "inference_seconds": seconds,
                 "gib": history["gib"].max(),
             }
-            kept = history.loc[:, ["loss" in c or "accuracy" in c for c in history]]
-            histories[name, seed] = kept.rename(columns=lambda c: c.replace("validation", "test"))
+            kept = history.filter(regex="loss|accuracy")
+            kept.columns = kept.columns.str.replace("validation", "test")
+            histories[name, seed] = kept
         levels = ["experiment", "seed"]
         columns = [f"{task}_{k}" for task, n in TASKS.items() for k in range(n)]
         return Results(
@@ -395,9 +396,9 @@ def grid(
         n_jobs: Trainings at once, on one thread each if there are several.
     """
     last = time.monotonic() + 60 * minutes
-    # What others start from comes first.
-    order = sorted(names, key=lambda name: (name.startswith("transfer"), name != "diagnosis"))
-    jobs = [(name, seed) for seed in seeds for name in order]
+    jobs = [(name, seed) for seed in seeds for name in names]
+    # First what others start from; last what needs lungs that take long.
+    jobs.sort(key=lambda job: (job[0].endswith("classical"), job[1], job[0] != "diagnosis"))
     done = Parallel(n_jobs=n_jobs, batch_size=1, pre_dispatch=n_jobs, return_as="generator")(
         delayed(_one)(on, name, seed, last, n_jobs > 1) for name, seed in jobs
     )
@@ -408,8 +409,8 @@ def grid(
             print(f"{len(found)} of {len(jobs)}: {name}, seed {seed}", flush=True)
     if not found:
         raise ParameterError(f"minutes is {minutes}: not one training was begun.")
-    tables = [pd.concat([getattr(r, name) for r in found]) for name in _TABLES[1:]]
-    return Results(found[0].truth, *tables)
+    tables = {name: pd.concat([getattr(r, name) for r in found]) for name in _TABLES[1:]}
+    return Results(found[0].truth, **tables)
 
 
 def _one(on: Study, name: str, seed: int, last: float, alone: bool) -> Results | None:
@@ -466,8 +467,8 @@ def recorded(name: str = "grid") -> Results | None:
     if circumstances is None or root is None:
         return None
     levels = {"truth": 1, "predictions": 3, "history": 3, "costs": 2}
-    tables = []
+    tables = {}
     for part in _TABLES:
         (path,) = (root / "book" / "recorded").glob(f"{name}_{part}.csv*")
-        tables.append(pd.read_csv(path, index_col=list(range(levels[part]))))
-    return Results(*tables, circumstances)
+        tables[part] = pd.read_csv(path, index_col=list(range(levels[part])))
+    return Results(**tables, circumstances=circumstances)

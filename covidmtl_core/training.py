@@ -118,7 +118,7 @@ def fit(
         )
     if config.frozen_trunk != (start is not None):
         raise ParameterError("frozen_trunk and a training to start from go together.")
-    trunk = start and getattr(start.model, "trunk", None)
+    trunk: nn.Module | None = getattr(start.model, "trunk", None) if start else None
     if start is not None and trunk is None:
         raise ParameterError("the training to start from has no trunk to take.")
     patients = _given(config, patients, config.jitter)
