@@ -38,7 +38,11 @@ BANNERS = {
         "Released data",
         "Computed on the authors' released tables of 1,329 patients; no CT volume was used.",
     ),
-    "volumes": ("CT volumes", "Computed on CT volumes supplied by the reader."),
+    "volumes": (
+        "CT volumes",
+        "Computed on CT volumes supplied by the reader. Only on the paper's own 1,329 scans does a "
+        "number have a verdict.",
+    ),
 }
 PHANTOM_SCANS = (
     "Synthetic scans",
@@ -51,8 +55,8 @@ SIZES = {
     "n_phantoms": {"phantom": 3, "released": 24, "volumes": 24},
     "n_scans": {"phantom": 8, "released": 48, "volumes": 48},
     "n_volumes": {"phantom": 12, "released": 48, "volumes": 48},
-    "n_runs": {"phantom": 2, "released": 8, "volumes": 8},
-    "n_epochs": {"phantom": 3, "released": 16, "volumes": 16},
+    "n_patients": {"phantom": 40, "released": 120, "volumes": 120},
+    "n_epochs": {"phantom": 2, "released": 16, "volumes": 80},
     "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }
@@ -134,13 +138,18 @@ def resolve_tier(tier: str) -> str:
 
 @dataclass
 class Chapter:
-    """A running chapter. Made by `start`; closed by `finish`."""
+    """A running chapter. Made by `start`; closed by `finish`.
+
+    `comparable` is set to False where the data turn out not to be the paper's: nothing is recorded
+    then.
+    """
 
     name: str
     tier: str
     parameters: dict[str, Any]
     started: float = field(default_factory=time.monotonic)
     records: dict[str, claims.Record] = field(default_factory=dict)
+    comparable: bool = True
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -152,12 +161,25 @@ class Chapter:
         """Where this chapter's results go."""
         return results_folder(self.tier, self.name)
 
+    def show_banner(self, data: str) -> None:
+        """Where a section works on phantoms in a chapter that does not, say so there.
+
+        Args:
+            data: What the section works on: `phantom`, `released` or `volumes`.
+        """
+        from IPython.display import display
+
+        if data == "phantom" != self.tier:
+            display(_html(banner_html(data, phantom_scans=True)))
+
     def record(self, claim_id: str, value: float, **fields: Any) -> None:
         """Note what was measured for a claim; `fields` are those of `claims.Record`.
 
         Raises:
             ClaimError: There is no such claim, it was recorded before, or a number is not finite.
         """
+        if not self.comparable:
+            return
         if claim_id in self.records:
             raise ClaimError(f"{claim_id} was recorded twice.")
         record = claims.Record(claim_id, self.tier, float(value), **fields)
@@ -170,6 +192,8 @@ class Chapter:
 
     def compare(self) -> pd.DataFrame:
         """Paper against book for everything recorded so far, by the claims' titles."""
+        if not self.records:
+            return pd.DataFrame({"verdict": []}).rename_axis("nothing to compare: other scans")
         board = claims.scoreboard(self.records).loc[list(self.records)]
         known = claims.load_claims()
         rows = {}
@@ -221,12 +245,13 @@ def start(name: str, tier: str, phantom_scans: bool = False, **parameters: Any) 
         tier: `phantom`, `released` or `volumes`.
         phantom_scans: Does the chapter work on synthetic scans in every tier?
         **parameters: The chapter's other parameters; `seed` must be a whole number, a size
-            (`n_...`) at least 1, or None for the tier's default in `SIZES`.
+            (`n_...`) at least 1, or None for the tier's default in `SIZES`; `data_root` is the
+            folder of tier `volumes`.
 
     Raises:
         ParameterError: A parameter cannot be used; the message names it.
     """
-    check_tier(tier)
+    check_tier(tier, parameters.get("data_root"))
     for key, value in parameters.items():
         if value is None and key in SIZES:
             value = parameters[key] = SIZES[key][tier]

@@ -1,13 +1,14 @@
 """The cohort of section 3: patients, labels, features, the split, and what is wrong with them."""
 
-from typing import Literal
+import os
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import train_test_split
 
 from covidmtl_core import fetch, phantom_cohort
-from covidmtl_core.errors import ParameterError
+from covidmtl_core.errors import DataError, ParameterError
 
 Tier = Literal["phantom", "released", "volumes"]
 TIERS: tuple[Tier, ...] = ("phantom", "released", "volumes")
@@ -46,55 +47,77 @@ _GEOMETRY_COLUMNS = {
 }
 
 
-def check_tier(tier: str) -> None:
-    """Reject a tier that does not exist, or that has no tables.
+def check_tier(tier: str, data_root: str | os.PathLike[str] | None = None) -> None:
+    """Reject a tier that does not exist, or `volumes` without a folder.
 
     Raises:
-        ParameterError: The tier is unknown, or it is `volumes`.
+        ParameterError: The tier is unknown, or it is `volumes` and no folder is named.
     """
     if tier not in TIERS:
         raise ParameterError(f"tier is {tier!r}; it must be one of {', '.join(TIERS)}.")
-    if tier == "volumes":
+    if tier == "volumes" and not data_root:
         raise ParameterError(
-            "tier 'volumes' reads scans that `covidmtl preprocess` made ready, and no chapter of "
-            "this version does so yet; run with tier 'released' or 'phantom'."
+            "tier 'volumes' needs data_root, the folder that `covidmtl preprocess` made (-p tier "
+            "volumes -p data_root DIR); a chapter without that parameter reads no volumes: run it "
+            "with tier 'released' or 'phantom'."
         )
 
 
-def load_cohort(tier: str = "released") -> pd.DataFrame:
+def load_cohort(
+    tier: str = "released", data_root: str | os.PathLike[str] | None = None
+) -> pd.DataFrame:
     """Labels and demographics of the enrolled patients.
 
     Args:
-        tier: `released` (the authors' 1,329 patients) or `phantom` (synthetic).
+        tier: `released` (the authors' 1,329 patients), `phantom` (synthetic) or `volumes`.
+        data_root: The folder that `covidmtl preprocess` made, in tier `volumes`.
 
     Returns:
         One row a patient in the file's order, indexed by `patient_id`: `ct`, `nat` (0 or 1),
-        `severity` (0, 1 or 2), `age` (years), `sex` (Female or Male), `hospital`, `morbidity`.
+        `severity` (0, 1 or 2), `age` (years), `sex` (Female or Male), `hospital`, `morbidity`; of a
+        reader's scans the labels and `split`.
 
     Raises:
-        ParameterError: The tier is unknown or has no tables.
-        DataError: The released table cannot be had.
+        ParameterError: The tier is unknown, or its folder is not named.
+        DataError: The released table cannot be had, or a label of a reader's scan is missing.
     """
-    check_tier(tier)
+    check_tier(tier, data_root)
     if tier == "phantom":
         return phantom_cohort.cohort()
+    if tier == "volumes":
+        scans = _preprocessed(data_root)[0]
+        lost = scans.index[scans[list(TASKS)].isna().any(axis=1)]
+        if len(lost):
+            raise DataError(
+                f"{len(lost)} scans of {data_root} lack a label, the first is {lost[0]}: chapters "
+                "need all labels; `covidmtl train` does not."
+            )
+        return scans.astype(dict.fromkeys(TASKS, int))
     return _patients()[list(_COHORT_COLUMNS)].rename(columns=_COHORT_COLUMNS)
 
 
-def load_features(tier: str = "released") -> pd.DataFrame:
+def load_features(
+    tier: str = "released", data_root: str | os.PathLike[str] | None = None
+) -> pd.DataFrame:
     """The 375 lung features of the enrolled patients (section 4.1), raw values.
+
+    Args:
+        tier: As for `load_cohort`.
+        data_root: As for `load_cohort`.
 
     Returns:
         float64, indexed by `patient_id` in the order of `load_cohort`; the columns are
         `radiomics.names.FEATURE_NAMES`.
 
     Raises:
-        ParameterError: The tier is unknown or has no tables.
-        DataError: The released table cannot be had.
+        ParameterError: The tier is unknown, or its folder is not named.
+        DataError: The table cannot be had.
     """
-    check_tier(tier)
+    check_tier(tier, data_root)
     if tier == "phantom":
         return phantom_cohort.features()
+    if tier == "volumes":
+        return _preprocessed(data_root)[1]
     return _indexed(fetch.read_pickled_table(fetch.fetch("features")))
 
 
@@ -155,14 +178,32 @@ def load_geometry(tier: str = "released") -> pd.DataFrame:
 
 
 def split(cohort: pd.DataFrame) -> tuple[pd.Index, pd.Index]:
-    """The paper's split: 30 % for testing, stratified by NAT, with the authors' seed (section 3).
+    """Patients to train on and to test on: by the column `split`, else the paper's way.
+
+    That is 30 % for testing, stratified by NAT, with the authors' seed (section 3).
 
     Args:
         cohort: As returned by `load_cohort`, in its order (the draw depends on the order).
 
     Returns:
         Patient ids for training and for testing; 930 and 399 on the released cohort.
+
+    Raises:
+        DataError: Some patients have a split and others not, one side is empty, or there is no
+            split and a NAT label is missing.
     """
+    given = cohort.get("split", pd.Series(index=cohort.index, dtype=object))
+    if given.notna().any():
+        train, test = (cohort.index[given == side] for side in ("train", "test"))
+        if len(train) + len(test) < len(cohort) or train.empty or test.empty:
+            raise DataError(
+                f"of {len(cohort)} scans {len(train)} are for training and {len(test)} for "
+                "testing: give every patient `train` or `test` in the column `split`, and both to "
+                "somebody."
+            )
+        return train, test
+    if cohort["nat"].isna().any():
+        raise DataError("scans without a split need every NAT label: add a column `split`.")
     train, test = train_test_split(
         cohort.index, stratify=cohort["nat"], test_size=0.30, random_state=11, shuffle=True
     )
@@ -262,6 +303,13 @@ def _ids(flags: pd.Series) -> tuple[int, ...]:
 
 def _indexed(table: pd.DataFrame) -> pd.DataFrame:
     return table.set_index("PID").rename_axis("patient_id")
+
+
+def _preprocessed(data_root: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
+    from covidmtl_core.store import load_preprocessed
+
+    scans, features, _ = load_preprocessed(data_root)
+    return scans, features.loc[scans.index]
 
 
 def _patients() -> pd.DataFrame:

@@ -130,6 +130,77 @@ def bootstrap_metrics(
     return pd.DataFrame({"low": low, "high": high}, index=["accuracy", "exact_auc"])
 
 
+def compare_models(labels: ArrayLike, first: ArrayLike, second: ArrayLike) -> dict[str, float]:
+    """Two models on the same patients: do accuracy and AUC differ?
+
+    Accuracies are compared by McNemar's exact test. AUCs (exact; of several classes the mean of
+    one against the rest) are compared by DeLong's test, its variance taken within each class, which
+    for two classes is DeLong's own.
+
+    Source: DeLong, DeLong and Clarke-Pearson, Biometrics 44 (1988) 837-845.
+
+    Args:
+        labels: (n,) classes 0..k-1, each at least twice.
+        first: (n, k) probabilities of one model.
+        second: (n, k) of the other.
+
+    Returns:
+        `accuracy_difference` and `auc_difference` (first minus second), `accuracy_p`, `auc_p`, and
+        the AUC difference's 95 % interval, `auc_low` and `auc_high`.
+
+    Raises:
+        ParameterError: The shapes do not fit, or a class occurs less than twice.
+    """
+    from statsmodels.stats.contingency_tables import mcnemar
+
+    y, p = _checked(labels, first)
+    _, q = _checked(labels, second)
+    if p.shape != q.shape or np.bincount(y).min() < 2:
+        raise ParameterError(
+            f"probabilities of shapes {p.shape} and {q.shape} and classes of {np.bincount(y)} "
+            "patients cannot be compared: shapes must be equal, and classes at least of two."
+        )
+    right = p.argmax(axis=1) == y, q.argmax(axis=1) == y
+    table = pd.crosstab(*right).reindex(index=[False, True], columns=[False, True], fill_value=0)
+    difference = one_vs_rest_aucs(y, p).mean() - one_vs_rest_aucs(y, q).mean()
+    influence = _auc_influence(y, p) - _auc_influence(y, q)
+    variance = sum(
+        np.var(influence[y == k], ddof=1) * np.count_nonzero(y == k) for k in range(p.shape[1])
+    )
+    error = float(np.sqrt(variance))
+    half = stats.norm.ppf(0.975) * error
+    return {
+        "accuracy_difference": float(right[0].mean() - right[1].mean()),
+        "accuracy_p": float(mcnemar(table, exact=True).pvalue),
+        "auc_difference": float(difference),
+        "auc_low": float(difference - half),
+        "auc_high": float(difference + half),
+        "auc_p": float(2 * stats.norm.sf(abs(difference) / error)) if error else 1.0,
+    }
+
+
+def _auc_influence(y: NDArray, p: NDArray) -> NDArray[np.float64]:
+    """(n,) what each patient adds to the mean one-against-the-rest AUC: placement by class size."""
+    found = np.zeros(len(y))
+    for k in range(p.shape[1]):
+        inside = y == k
+        scores = p[:, k]
+        for group, others, sign in ((inside, ~inside, 1), (~inside, inside, -1)):
+            above = stats.rankdata(np.r_[scores[group], scores[others]])[: group.sum()]
+            within = stats.rankdata(scores[group])
+            placement = (above - within) / others.sum()  # share of the others below, ties half
+            found[group] += sign * placement / group.sum() / p.shape[1]
+    return found
+
+
+def holm(p_values: "pd.Series[float]") -> "pd.Series[float]":
+    """P values corrected for their number, by Holm's step-down method."""
+    from statsmodels.stats.multitest import multipletests
+
+    corrected = multipletests(p_values.to_numpy(), method="holm")[1]
+    return pd.Series(corrected, p_values.index, name="holm")
+
+
 def exact_interval(successes: int, n: int) -> tuple[float, float]:
     """Clopper-Pearson 95 % interval of a proportion."""
     interval = stats.binomtest(successes, n).proportion_ci(0.95, method="exact")

@@ -22,9 +22,9 @@ import torch
 from filelock import FileLock
 from joblib import Parallel, delayed
 
-from covidmtl_core import book, evaluation, phantom, phantom_cohort, runs, segmentation, store
+from covidmtl_core import book, evaluation, phantom, phantom_cohort, segmentation, store
 from covidmtl_core.boxes import bounds
-from covidmtl_core.cohort import TASKS
+from covidmtl_core.cohort import TASKS, check_tier, load_cohort, load_features, split
 from covidmtl_core.errors import ParameterError
 from covidmtl_core.recipe import TrainConfig
 from covidmtl_core.training import Trained, fit, predict
@@ -67,7 +67,10 @@ def _catalogue() -> dict[str, dict[str, Any]]:
         found[f"shiftnet3d.{task}.gaussian"] = of_task | {"shift_distribution": "normal"}
         found[f"shiftnet3d.{task}.classical"] = of_task
     found["covid_mtl.classical"] = {}
-    found["covid_mtl.features_only"] = {"use_volume": False, "use_features": True}
+    features_only = {"use_volume": False, "use_features": True}
+    found["covid_mtl.features_only"] = features_only
+    for loss in ("mean", "uncertainty"):
+        found[f"covid_mtl.features_only.{loss}"] = features_only | {"loss": loss}
     for draws in (1, 5, 20):
         found[f"covid_mtl.draws-{draws}"] = {"draws": draws}
     for percent in (10, 50, 100):
@@ -80,6 +83,37 @@ def _catalogue() -> dict[str, dict[str, Any]]:
 CATALOGUE = _catalogue()
 """Name to what it changes of `recipe.TrainConfig`. Those ending in `classical` change the lungs."""
 
+_WORDS = {
+    "resnet3d34": "ResNet3D-34",
+    "squeezenet3d": "SqueezeNet3D",
+    "decovnet": "deCoVNet",
+    "shiftnet3d": "ShiftNet3D",
+    "covid_mtl": "COVID-MTL",
+    "features": "with features",
+    "features_only": "features only",
+    "noshift": "without Shift3D",
+    "mean": "mean loss",
+    "uncertainty": "uncertainty loss",
+    "gaussian": "Gaussian shifts",
+    "classical": "classical lungs",
+    "diagnosis": "COVID-MTL, two tasks",
+    "transfer": "Transfer learning",
+    "input": "shifting the input",
+    **{f"stage{k}": f"shifting behind Fire {2 * k}" for k in (1, 2, 3)},
+}
+
+
+def title(name: str) -> str:
+    """An experiment in words, without its task: "COVID-MTL, mean loss"."""
+    words = []
+    for part in name.split("."):
+        kind, _, number = part.partition("-")
+        if number:
+            words.append(f"n = {number}" if kind == "draws" else f"p = {int(number) / 100:g}")
+        elif part not in TASKS:
+            words.append(_WORDS[part])
+    return ", ".join(words)
+
 
 @dataclass(frozen=True)
 class Scans:
@@ -91,7 +125,7 @@ class Scans:
         volumes: Patient to folder (see `store.Volume`).
         train: Patients to train on.
         test: Patients to test on.
-        data: `phantom` or `volumes`.
+        data: `phantom`, `released` (features alone) or `volumes`.
     """
 
     table: pd.DataFrame
@@ -171,7 +205,7 @@ def phantom_scans(n_patients: int, lungs: str = "refined", mm: float = QUICK_MM)
         raise ParameterError(f"n_patients is {n_patients}; it must be from 20 to {len(cohort)}.")
     table = cohort.iloc[:n_patients]
     volumes = _made(phantom_cohort.patient, table.index, lungs, mm, "")
-    train, test = runs.split(table)
+    train, test = split(table)
     features = phantom_cohort.features().loc[table.index]
     return Scans(table[list(TASKS)], features, volumes, train, test, "phantom")
 
@@ -182,22 +216,26 @@ def other_scanner_scans(n_patients: int, mm: float = QUICK_MM) -> dict[Any, Path
     return _made(phantom_cohort.other_scanner, ids, "refined", mm, "other-")
 
 
+def released_features() -> Scans:
+    """The authors' 1,329 patients: features and labels, no volumes.
+
+    Raises:
+        DataError: The released tables cannot be had.
+    """
+    table = load_cohort("released")
+    return Scans(table[list(TASKS)], load_features("released"), {}, *split(table), "released")
+
+
 def volume_scans(data_root: str | Path) -> Scans:
     """A reader's scans, made ready by `covidmtl preprocess`.
 
     Raises:
-        ParameterError: No folder is named.
-        DataError: The folder is not one of preprocessed scans, or its split cannot be used.
+        DataError: The folder is not one of preprocessed scans, a label is missing, or the split
+            cannot be used.
     """
-    if not data_root:
-        raise ParameterError(
-            "tier 'volumes' needs data_root, the folder that `covidmtl preprocess` made: "
-            "-p data_root DIR."
-        )
-    scans, features, volumes = store.load_preprocessed(data_root)
-    train, test = runs.split(scans)
-    table = scans[list(TASKS)].apply(pd.to_numeric)
-    return Scans(table, features, dict(volumes), train, test, "volumes")
+    table = load_cohort("volumes", data_root)
+    _, features, volumes = store.load_preprocessed(data_root)
+    return Scans(table[list(TASKS)], features, dict(volumes), *split(table), "volumes")
 
 
 def _made(
@@ -348,10 +386,11 @@ def study(
         ParameterError: A size or a folder cannot be used.
         DataError: A folder is not one of preprocessed scans.
     """
+    check_tier(tier, data_root)
     folder = book.results_root() / tier / "trainings"
     if tier == "volumes":
         other = None if classical_root is None else lambda: volume_scans(classical_root)
-        return Study(volume_scans(data_root or ""), {"epochs": n_epochs}, folder, other, device)
+        return Study(volume_scans(str(data_root)), {"epochs": n_epochs}, folder, other, device)
     return phantom_study(n_patients, n_epochs, folder, device=device)
 
 

@@ -24,26 +24,6 @@ _GIB_FIRST, _GIB_NEXT = 2.3, 1.2
 """Peak of a training step at full size on a CPU, measured: one volume, and each more (to three)."""
 
 
-def split(scans: pd.DataFrame) -> tuple[pd.Index, pd.Index]:
-    """Patients to train on and to test on: by the column `split`, else the paper's way.
-
-    Raises:
-        DataError: Some patients have a split and others not, or one side is empty.
-    """
-    given = scans["split"] if "split" in scans else pd.Series(index=scans.index, dtype=object)
-    if given.isna().all():
-        if scans["nat"].isna().any():
-            raise DataError("scans without a split need every NAT label: add a column `split`.")
-        return cohort.split(scans)
-    train, test = (scans.index[given == side] for side in ("train", "test"))
-    if len(train) + len(test) < len(scans) or train.empty or test.empty:
-        raise DataError(
-            f"of {len(scans)} scans {len(train)} are for training and {len(test)} for testing: "
-            "give every patient `train` or `test` in the column `split`, and both to somebody."
-        )
-    return train, test
-
-
 def train(source: Path, target: Path, config: TrainConfig, device: str | None = None) -> None:
     """Train, predict the test patients, print and keep how well.
 
@@ -56,7 +36,7 @@ def train(source: Path, target: Path, config: TrainConfig, device: str | None = 
         device: As for `training.fit`.
     """
     scans, features, volumes = load_preprocessed(source)
-    ids = split(scans)
+    ids = cohort.split(scans)
     missing = [task for task in config.tasks if task not in scans]
     if missing:
         raise DataError(f"{source / 'scans.csv'} has no column {missing[0]!r}.")
