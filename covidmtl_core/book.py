@@ -58,6 +58,7 @@ SIZES = {
     "n_patients": {"phantom": 40, "released": 120, "volumes": 120},
     "n_epochs": {"phantom": 2, "released": 16, "volumes": 80},
     "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
+    "n_runs": {"phantom": 2, "released": 4, "volumes": 4},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }
 """What a size that a chapter leaves at None becomes: the paper's, or a quick one on phantoms."""

@@ -216,16 +216,6 @@ def other_scanner_scans(n_patients: int, mm: float = QUICK_MM) -> dict[Any, Path
     return _made(phantom_cohort.other_scanner, ids, "refined", mm, "other-")
 
 
-def released_features() -> Scans:
-    """The authors' 1,329 patients: features and labels, no volumes.
-
-    Raises:
-        DataError: The released tables cannot be had.
-    """
-    table = load_cohort("released")
-    return Scans(table[list(TASKS)], load_features("released"), {}, *split(table), "released")
-
-
 def volume_scans(data_root: str | Path) -> Scans:
     """A reader's scans, made ready by `covidmtl preprocess`.
 
@@ -415,6 +405,18 @@ def phantom_study(
     )
 
 
+def feature_study(tier: str, n_epochs: int, data_root: str | Path | None = None) -> Study:
+    """A study of features alone: of the tier's whole cohort, without volumes.
+
+    Raises:
+        ParameterError: The tier is unknown, or its folder is not named.
+        DataError: The tables cannot be had.
+    """
+    table, features = load_cohort(tier, data_root), load_features(tier, data_root)
+    scans = Scans(table[list(TASKS)], features, {}, *split(table), tier)
+    return Study(scans, {"epochs": n_epochs}, book.results_root() / tier / "trainings")
+
+
 # --- the whole grid, recorded -----------------------------------------------------------------
 
 
@@ -436,10 +438,11 @@ def grid(
     """
     last = time.monotonic() + 60 * minutes
     jobs = [(name, seed) for seed in seeds for name in names]
-    # First what others start from; last what needs lungs that take long.
-    jobs.sort(key=lambda job: (job[0].endswith("classical"), job[1], job[0] != "diagnosis"))
-    done = Parallel(n_jobs=n_jobs, batch_size=1, pre_dispatch=n_jobs, return_as="generator")(
-        delayed(_one)(on, name, seed, last, n_jobs > 1) for name, seed in jobs
+    # First what others start from; last what takes long: deCoVNet, and finding classical lungs.
+    slow = {name: name.endswith("classical") or name.startswith("decovnet") for name in names}
+    jobs.sort(key=lambda job: (slow[job[0]], job[1], job[0] != "diagnosis"))
+    done = Parallel(n_jobs=n_jobs, batch_size=1, pre_dispatch="n_jobs", return_as="generator")(
+        delayed(_one)(on, name, seed, last, n_jobs != 1) for name, seed in jobs
     )
     found: list[Results] = []
     for (name, seed), result in zip(jobs, done, strict=True):

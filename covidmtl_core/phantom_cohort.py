@@ -123,7 +123,7 @@ def other_scanner(patient_id: int) -> "Patient":
     rng = np.random.default_rng([SEED, 2, patient_id])
     burden = float(np.clip(0.045 * np.exp(0.85 * rng.normal()), 0.004, 0.36))
     drawn = draw_patient(SEED + N_SOURCE + patient_id, burden)
-    return replace(drawn, noise=1.5 * drawn.noise, field_of_view=350.0, padding=-2000)
+    return replace(drawn, noise=90.0, field_of_view=350.0, padding=-2000)
 
 
 def measure(patient_id: int) -> pd.Series:
