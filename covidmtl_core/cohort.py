@@ -121,16 +121,21 @@ def load_features(
     return _indexed(fetch.read_pickled_table(fetch.fetch("features")))
 
 
-def load_laboratory() -> pd.DataFrame:
-    """Laboratory values of the source cohort's 1,521 patients (released tier only).
+def load_laboratory(tier: str = "released") -> pd.DataFrame:
+    """Laboratory values of the source cohort's patients.
 
     Returns:
         Indexed by `patient_id`, one column a test by its abbreviation, NaN where not measured.
-        Units and normal ranges stand in the file `laboratory-definitions`.
+        Units and normal ranges stand in the file `laboratory-definitions`. The phantoms have a few
+        of the tests.
 
     Raises:
+        ParameterError: The tier is unknown or has no tables.
         DataError: The table cannot be had.
     """
+    check_tier(tier)
+    if tier == "phantom":
+        return phantom_cohort.laboratory()
     sheets = pd.read_excel(fetch.fetch("laboratory"), sheet_name=None)
     panels = [_indexed(sheet.drop(columns="Unnamed: 0")) for sheet in sheets.values()]
     return pd.concat(panels, axis=1)

@@ -28,6 +28,20 @@ SCAN_MM = 2.5
 
 TABLE = "phantom_features.csv.xz"
 
+_LABORATORY = {
+    "LY": (1.4, 0.3, -0.25),
+    "NE": (3.5, 0.3, 0.15),
+    "PLT": (210.0, 0.2, -0.05),
+    "CRP": (4.0, 0.8, 0.7),
+    "LDH": (200.0, 0.2, 0.2),
+    "AST": (25.0, 0.3, 0.1),
+    "ALB": (40.0, 0.1, -0.05),
+    "CREA": (66.0, 0.2, 0.0),
+    "DD": (0.4, 0.6, 0.3),
+    "FIB": (3.5, 0.2, 0.1),
+}
+"""Median of the well, spread of the logarithm, its rise for each tenth of the lungs infected."""
+
 _GEOMETRY = ("first_slice", "last_slice", "max_slice_area", "minimum", "maximum")
 
 
@@ -82,6 +96,18 @@ def cohort() -> pd.DataFrame:
     """Counterpart of `cohort.load_cohort`: 300 patients."""
     columns = ["ct", "nat", "severity", "age", "sex", "hospital", "morbidity"]
     return source_table().loc[source_table()["enrolled"], columns].copy()
+
+
+def laboratory() -> pd.DataFrame:
+    """Counterpart of `cohort.load_laboratory`: a few tests, more often made in the infected."""
+    table = source_table()
+    rng = np.random.default_rng([SEED, 3])
+    found = {}
+    for name, (usual, spread, rise) in _LABORATORY.items():
+        value = usual * np.exp(spread * rng.normal(size=len(table)) + rise * table["burden"] / 0.1)
+        measured = rng.random(len(table)) < 0.5 + 0.3 * table["nat"]
+        found[name] = value.where(measured)
+    return pd.DataFrame(found)
 
 
 def features() -> pd.DataFrame:

@@ -63,5 +63,5 @@ def test_enlarged_keeps_the_mean() -> None:
 def test_unknown_task_and_layer_are_named(model: CovidMTL) -> None:
     with pytest.raises(ParameterError, match="age"):
         class_activation_map(model, torch.randn(1, 1, 40, 40, 40), "age")
-    with pytest.raises(ParameterError, match="trunk.roof"):
+    with pytest.raises(ParameterError, match=r"trunk\.roof"):
         class_activation_map(model, torch.randn(1, 1, 40, 40, 40), "ct", layer="trunk.roof")
