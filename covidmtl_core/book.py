@@ -52,10 +52,9 @@ PHANTOM_SCANS = (
 SIZES = {
     "n_trees": {"phantom": 100, "released": 1000, "volumes": 1000},
     "n_seeds": {"phantom": 10, "released": 10, "volumes": 10},
-    "n_phantoms": {"phantom": 3, "released": 24, "volumes": 24},
-    "n_scans": {"phantom": 8, "released": 48, "volumes": 48},
-    "n_volumes": {"phantom": 12, "released": 48, "volumes": 48},
-    "n_patients": {"phantom": 40, "released": 120, "volumes": 120},
+    "n_phantoms": {"phantom": 3, "released": 9, "volumes": 9},
+    "n_scans": {"phantom": 8, "released": 24, "volumes": 24},
+    "n_patients": {"phantom": 40, "released": 100, "volumes": 100},
     "n_epochs": {"phantom": 2, "released": 16, "volumes": 80},
     "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
     "n_runs": {"phantom": 2, "released": 4, "volumes": 4},

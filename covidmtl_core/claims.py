@@ -32,7 +32,7 @@ DIFFERS = "differs"
 CHECKED = "checked from print"
 CONTRADICTED = "contradicted from print"
 NEEDS_VOLUMES = "needs the CT volumes"
-NOT_MEASURED = "not measured yet"
+NOT_MEASURED = "not measured"
 STATEMENT = "statement"
 VERDICTS = (EXACT, AGREES, DIFFERS)
 STATUSES = (*VERDICTS, CHECKED, CONTRADICTED, NEEDS_VOLUMES, NOT_MEASURED, STATEMENT)
@@ -219,7 +219,7 @@ def status(claim: Claim, record: Record | None = None) -> str:
         return measured
     if claim.check:
         return CHECKED if check_from_print(claim).holds else CONTRADICTED
-    if "volumes" in claim.needs:
+    if {"volumes", "external"} & set(claim.needs):
         return NEEDS_VOLUMES
     return NOT_MEASURED if claim.needs else STATEMENT
 

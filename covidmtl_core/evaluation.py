@@ -120,14 +120,29 @@ def bootstrap_metrics(
     """
     y, p = _checked(labels, probabilities)
     rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(y == k) for k in range(p.shape[1])]
-    correct = p.argmax(axis=1) == y
-    draws = np.empty((n_resamples, 2))
-    for i in range(n_resamples):
-        sample = np.concatenate([rng.choice(ids, len(ids)) for ids in members])
-        draws[i] = correct[sample].mean(), one_vs_rest_aucs(y[sample], p[sample]).mean()
+    times = np.empty((n_resamples, len(y)))  # how often each patient is drawn
+    for k in range(p.shape[1]):
+        members = np.flatnonzero(y == k)
+        even = np.full(len(members), 1 / len(members))
+        times[:, members] = rng.multinomial(len(members), even, n_resamples)
+    accuracies = times @ (p.argmax(axis=1) == y) / len(y)
+    areas = [_weighted_aucs(y == k, p[:, k], times) for k in range(p.shape[1])]
+    draws = np.stack([accuracies, np.mean(areas, axis=0)], axis=1)
     low, high = np.quantile(draws, [0.025, 0.975], axis=0)
     return pd.DataFrame({"low": low, "high": high}, index=["accuracy", "exact_auc"])
+
+
+def _weighted_aucs(truth: NDArray, scores: NDArray, times: NDArray) -> NDArray[np.float64]:
+    """Exact AUC of each row of `times` (m, n), which says how often a patient occurs."""
+    order = np.argsort(scores, kind="stable")
+    firsts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))
+    positive, negative = (
+        np.add.reduceat(times[:, order] * side[order], firsts, axis=1) for side in (truth, ~truth)
+    )
+    below = negative.cumsum(axis=1) - negative / 2  # ties count half
+    pairs = positive.sum(axis=1) * negative.sum(axis=1)
+    areas: NDArray[np.float64] = (positive * below).sum(axis=1) / pairs
+    return areas
 
 
 def compare_models(labels: ArrayLike, first: ArrayLike, second: ArrayLike) -> dict[str, float]:

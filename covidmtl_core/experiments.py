@@ -193,7 +193,7 @@ def phantom_scans(n_patients: int, lungs: str = "refined", mm: float = QUICK_MM)
     """The phantom cohort's first patients, scanned, segmented and cropped; kept among the results.
 
     Args:
-        n_patients: How many; at most the cohort's 300.
+        n_patients: How many.
         lungs: Segmentation method.
         mm: Voxel size.
 
@@ -341,8 +341,10 @@ class Study:
         columns = [f"{task}_{k}" for task, n in TASKS.items() for k in range(n)]
         return Results(
             self.scans.table.loc[self.scans.test],
-            pd.concat(predictions, names=[*levels, "patient_id"]).reindex(columns=columns),
-            pd.concat(histories, names=[*levels, "epoch"]),
+            pd.concat(predictions, names=[*levels, "patient_id"])
+            .reindex(columns=columns)
+            .sort_index(),
+            pd.concat(histories, names=[*levels, "epoch"]).sort_index(),
             pd.DataFrame(costs).T.rename_axis(levels),
         )
 
@@ -452,6 +454,8 @@ def grid(
     if not found:
         raise ParameterError(f"minutes is {minutes}: not one training was begun.")
     tables = {name: pd.concat([getattr(r, name) for r in found]) for name in _TABLES[1:]}
+    for name in ("predictions", "history"):
+        tables[name] = tables[name].sort_index()
     return Results(found[0].truth, **tables)
 
 
@@ -493,7 +497,7 @@ def record(results: Results, on: Study, mm: float) -> Path:
         table: pd.DataFrame = getattr(results, part)
         packed = "" if part in ("truth", "costs") else ".xz"
         path = folder / f"{name}_{part}.csv{packed}"
-        table.to_csv(path, float_format="%.5g", lineterminator="\n")
+        table.to_csv(path, float_format="%.8g", lineterminator="\n")
     target = folder / f"{name}.json"
     target.write_text(json.dumps(circumstances, indent=2) + "\n")
     return target

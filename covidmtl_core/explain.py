@@ -71,11 +71,11 @@ def _of_last_convolution(
 ) -> Tensor:
     assert model.trunk is not None
     maps = model.trunk(volume)
-    for module in model.heads[task]:  # type: ignore[union-attr]
+    for module in model.heads[task].children():
         if isinstance(module, nn.AdaptiveAvgPool3d):
             break
         maps = module(maps)
-    weight = model.classifiers[task].weight
+    weight = model.get_parameter(f"classifiers.{task}.weight")
     difference = (weight[positive] - weight[negative])[: maps.shape[1]]
     return torch.einsum("nc...,c->n...", torch.relu(maps), difference)
 

@@ -41,7 +41,7 @@ VERDICT_COLOURS = {
     "checked from print": PALETTE["blue"],
     "contradicted from print": PALETTE["purple"],
     "needs the CT volumes": PALETTE["grey"],
-    "not measured yet": "#BBBBBB",
+    "not measured": "#BBBBBB",
     "statement": "#DDDDDD",
 }
 

@@ -70,6 +70,7 @@ def test_status_without_a_measurement() -> None:
     assert claims.status(KNOWN["table7.uniform.ct.accuracy"]) == claims.CHECKED
     assert claims.status(KNOWN["setting.epochs"]) == claims.STATEMENT
     assert claims.status(KNOWN["table8.ct.auc"]) == claims.NOT_MEASURED
+    assert claims.status(KNOWN["cohort.external_positive"]) == claims.NEEDS_VOLUMES
     phantom = record(86.47, data="phantom")
     assert claims.status(ACCURACY, phantom) == claims.CHECKED, "a phantom value decides nothing"
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from sklearn.metrics import matthews_corrcoef
@@ -27,6 +28,79 @@ def test_exact_auc_is_the_share_of_ordered_pairs(case) -> None:  # type: ignore[
     labels, p = case
     expected = [pairwise_auc(labels == k, p[:, k]) for k in range(p.shape[1])]
     np.testing.assert_allclose(evaluation.one_vs_rest_aucs(labels, p), expected, atol=1e-12)
+
+
+def test_weighted_aucs_are_those_of_repeated_patients(case) -> None:  # type: ignore[no-untyped-def]
+    labels, p = case
+    times = np.random.default_rng(0).integers(0, 4, (5, len(labels)))
+    for k in range(p.shape[1]):
+        found = evaluation._weighted_aucs(labels == k, p[:, k], times.astype(float))
+        expected = [pairwise_auc(np.repeat(labels == k, n), np.repeat(p[:, k], n)) for n in times]
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def plain_delong_p(truth: np.ndarray, first: np.ndarray, second: np.ndarray) -> float:
+    """DeLong's test by its definition, pair by pair."""
+    components = []
+    for scores in (first, second):
+        positive, negative = scores[truth][:, None], scores[~truth][None]
+        kernel = (positive > negative) + 0.5 * (positive == negative)
+        components.append((kernel.mean(1), kernel.mean(0), kernel.mean()))
+    (v10a, v01a, a), (v10b, v01b, b) = components
+    contrast = np.array([1, -1])
+    s10, s01 = np.cov(v10a, v10b), np.cov(v01a, v01b)
+    variance = contrast @ (s10 / truth.sum() + s01 / (~truth).sum()) @ contrast
+    return float(2 * stats.norm.sf(abs(a - b) / np.sqrt(variance)))
+
+
+def two_models(k: int, n: int = 120) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(k)
+    labels = np.concatenate([np.arange(k), np.arange(k), rng.integers(0, k, n)])
+    shared = rng.normal(size=(len(labels), k)) + np.eye(k)[labels]
+    logits = [shared + rng.normal(size=shared.shape) * s for s in (0.3, 1.2)]
+    first, second = (np.round(np.exp(x) / np.exp(x).sum(1, keepdims=True), 2) for x in logits)
+    return labels, first, second
+
+
+def test_two_models_are_compared_by_mcnemar_and_delong() -> None:
+    labels, first, second = two_models(2)
+    second[:, 1] = 1 - second[:, 0]
+    first[:, 1] = 1 - first[:, 0]
+    found = evaluation.compare_models(labels, first, second)
+    expected = plain_delong_p(labels == 1, first[:, 1], second[:, 1])
+    assert found["auc_p"] == pytest.approx(expected, rel=1e-9)
+    right = [p.argmax(1) == labels for p in (first, second)]
+    only = [int((a & ~b).sum()) for a, b in (right, right[::-1])]
+    assert found["accuracy_p"] == pytest.approx(stats.binomtest(only[0], sum(only)).pvalue)
+    assert found["auc_low"] < found["auc_difference"] < found["auc_high"]
+    swapped = evaluation.compare_models(labels, second, first)
+    assert swapped["auc_difference"] == pytest.approx(-found["auc_difference"])
+
+
+def test_the_spread_of_three_classes_is_that_of_the_bootstrap() -> None:
+    labels, first, second = two_models(3, 400)
+    found = evaluation.compare_models(labels, first, second)
+    rng, drawn = np.random.default_rng(1), []
+    members = [np.flatnonzero(labels == k) for k in range(3)]
+    for _ in range(400):
+        pick = np.concatenate([rng.choice(ids, len(ids)) for ids in members])
+        areas = [evaluation.one_vs_rest_aucs(labels[pick], p[pick]) for p in (first, second)]
+        drawn.append(areas[0].mean() - areas[1].mean())
+    width = found["auc_high"] - found["auc_low"]
+    assert width == pytest.approx(2 * 1.96 * np.std(drawn), rel=0.12)
+
+
+def test_equal_models_do_not_differ() -> None:
+    labels, first, _ = two_models(3)
+    found = evaluation.compare_models(labels, first, first)
+    assert (found["accuracy_p"], found["auc_p"], found["auc_difference"]) == (1, 1, 0)
+    with pytest.raises(ParameterError, match="cannot be compared"):
+        evaluation.compare_models([0, 1, 2], np.eye(3), np.eye(3))
+
+
+def test_holm_is_the_step_down_rule() -> None:
+    p = pd.Series([0.04, 0.01, 0.03], ["a", "b", "c"])
+    assert evaluation.holm(p).to_dict() == pytest.approx({"a": 0.06, "b": 0.03, "c": 0.06})
 
 
 def plain_interpolated_auc(truth: np.ndarray, scores: np.ndarray, points: int) -> float:

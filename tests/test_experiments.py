@@ -1,0 +1,129 @@
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from covidmtl_core import book, cohort, experiments, store
+from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.experiments import CATALOGUE, Scans, Study
+
+SEED = 3
+
+
+def small_study(folder: Path, n: int = 24, classical: bool = False) -> Study:
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(
+        {"ct": [k % 2 for k in range(n)], "nat": [k // 2 % 2 for k in range(n)]},
+        index=range(100, 100 + n),
+    )
+    table["severity"] = [k % 3 for k in range(n)]
+    features = pd.DataFrame(rng.normal(size=(n, 6)), index=table.index)
+    features[0] += 3 * table["ct"]
+    volumes = {
+        p: rng.integers(-900, 0, (36, 36, 36)).astype(np.int16) + 200 * int(table["ct"][p])
+        for p in table.index
+    }
+    scans = Scans(table, features, volumes, table.index[:16], table.index[16:], "phantom")  # type: ignore[arg-type]
+    settings = {"epochs": 2, "crop": (33, 33, 33), "jitter": (1, 1, 1), "batch_size": 8}
+    return Study(scans, settings, folder, (lambda: scans) if classical else None, "cpu")
+
+
+@pytest.mark.parametrize("name", CATALOGUE)
+def test_every_experiment_has_a_recipe_and_a_title(name: str, tmp_path: Path) -> None:
+    config = small_study(tmp_path).config(name, SEED)
+    assert config.seed == SEED and config.momentum == 0.9
+    assert all(word[0] != "." for word in experiments.title(name).split())
+
+
+def test_titles_say_what_was_changed() -> None:
+    assert experiments.title("shiftnet3d.nat.gaussian") == "ShiftNet3D, Gaussian shifts"
+    assert experiments.title("covid_mtl.mean.noshift") == "COVID-MTL, mean loss, without Shift3D"
+    assert experiments.title("covid_mtl.p-50") == "COVID-MTL, p = 0.5"
+
+
+def test_results_hold_what_was_asked_and_come_twice_alike(tmp_path: Path) -> None:
+    names = ["covid_mtl.features", "squeezenet3d.ct"]
+    first = small_study(tmp_path / "a").run(names, [SEED], progress=False)
+    again = small_study(tmp_path / "b").run(names, [SEED], progress=False)
+    kept = small_study(tmp_path / "a").run(names, [SEED], progress=False)
+    for name in ("predictions", "history"):
+        whole = getattr(first, name).to_csv()
+        assert whole == getattr(again, name).to_csv() == getattr(kept, name).to_csv()
+    measured = first.metrics()
+    assert set(measured.index) == {
+        ("squeezenet3d.ct", "ct", SEED),
+        *(("covid_mtl.features", task, SEED) for task in cohort.TASKS),
+    }
+    y, p = first.probabilities("covid_mtl.features", SEED, "severity")
+    assert p.shape == (8, 3) and (y == [k % 3 for k in range(16, 24)]).all()
+    assert not list(tmp_path.rglob("best.pt")), "test patients choose nothing"
+    assert {"test_loss", "test_accuracy_ct"} <= set(first.history)
+
+
+def test_transfer_starts_from_the_diagnosis_network_and_leaves_its_trunk(tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    trained = study.train("transfer", SEED, progress=False)
+    before = study.train("diagnosis", SEED, progress=False).model.trunk.state_dict()  # type: ignore[union-attr]
+    after = trained.model.trunk.state_dict()  # type: ignore[union-attr]
+    assert all((after[name] == value).all() for name, value in before.items())
+    assert list(trained.config.tasks) == ["severity"]
+    with pytest.raises(ParameterError, match="go together"):
+        config = replace(study.config("diagnosis", SEED), tasks={"severity": 3}, frozen_trunk=True)
+        experiments.fit(config, study.scans.patients(study.scans.train, config), tmp_path)
+
+
+def test_a_grid_is_its_trainings_and_can_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = small_study(tmp_path / "runs")
+    names = ["covid_mtl.features_only", "covid_mtl.features_only.mean"]
+    found = experiments.grid(study, names, range(2))
+    alone = study.run(names[:1], [1], progress=False)
+    one = found.predictions.xs((names[0], 1), drop_level=False)
+    pd.testing.assert_frame_equal(one, alone.predictions)
+    (tmp_path / "book" / "recorded").mkdir(parents=True)
+    monkeypatch.setattr(book, "repository_folder", lambda: tmp_path)
+    experiments.record(found, study, 6.0)
+    read = experiments.recorded()
+    assert read is not None and read.circumstances["seeds"] == [0, 1]
+    pd.testing.assert_frame_equal(read.metrics(), found.metrics())
+    with pytest.raises(ParameterError, match="minutes"):
+        experiments.grid(study, names, minutes=-1)
+
+
+def test_wrong_names_and_missing_lungs_are_said(tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    with pytest.raises(ParameterError, match="no experiment 'covid'"):
+        study.config("covid", 0)
+    with pytest.raises(ParameterError, match="classical"):
+        study.train("covid_mtl.classical", 0)
+    with pytest.raises(ParameterError, match="from 20 to 304"):
+        experiments.phantom_scans(7)
+    with pytest.raises(ParameterError, match="data_root"):
+        experiments.study("volumes", 10, 1)
+    with pytest.raises(DataError, match=r"scans\.csv"):
+        experiments.study("volumes", 10, 1, tmp_path)
+
+
+def test_phantoms_are_made_once_and_segmented(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COVIDMTL_RESULTS", str(tmp_path))
+    volumes = experiments.other_scanner_scans(2, mm=8.0)
+    for folder in volumes.values():
+        lungs, lesions = (store.read(folder / f"{n}.b2nd") for n in ("lungs", "lesions"))
+        assert lungs.GetSize() == lesions.GetSize()
+    times = [(folder / "done").stat().st_mtime_ns for folder in volumes.values()]
+    again = experiments.other_scanner_scans(2, mm=8.0)
+    assert times == [(folder / "done").stat().st_mtime_ns for folder in again.values()]
+
+
+def test_only_the_papers_own_scans_are_the_papers(tmp_path: Path) -> None:
+    scans = small_study(tmp_path).scans
+    assert not scans.are_the_papers and not replace(scans, data="volumes").are_the_papers
+    table = pd.DataFrame({"ct": 0, "nat": 0, "severity": 0}, index=range(1329))
+    table.loc[:997, "ct"], table.loc[:760, "nat"] = 1, 1
+    whole = replace(scans, table=table, test=table.index[:399], data="volumes")
+    assert whole.are_the_papers and not replace(whole, data="phantom").are_the_papers
