@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib import metadata, resources
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -369,6 +369,8 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
     for name in ("_toc.yml", "references.bib"):
         shutil.copy(source / name, target)
     shutil.copytree(source / "_static", target / "_static")
+    with resources.as_file(resources.files("plotly") / "package_data" / "plotly.min.js") as script:
+        shutil.copy(script, target / "_static")
     for page in source.glob("*.md"):
         title, _, body = page.read_text(encoding="utf-8").partition("\n")
         claims.write_atomically(target / page.name, f"{title}\n\n{banner_html(tier)}\n{body}")

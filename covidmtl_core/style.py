@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import plotly.graph_objects as go
     from IPython.display import HTML
     from matplotlib.figure import Figure
 
@@ -64,6 +65,31 @@ def apply() -> None:
         },
     )
     set_matplotlib_formats("retina")
+
+
+def turnable(figure: "go.Figure", height: int, title: str) -> "HTML":
+    """A plotly figure in a frame of its own, drawn by the book's copy of plotly or else the web's.
+
+    Args:
+        figure: What to show.
+        height: Of the frame, in pixels.
+        title: Alternative text.
+    """
+    from IPython.display import HTML
+    from plotly.offline import get_plotlyjs_version
+
+    web = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
+    page = figure.to_html(include_plotlyjs=False, default_height=height - 20)
+    # The script from the web is written into the page before the figure's own is run.
+    load = (
+        '<script src="_static/plotly.min.js"></script>'
+        f"<script>window.Plotly || document.write('<script src=\"{web}\"><\\/script>')</script>"
+    )
+    page = page.replace("<body>", f"<body>{load}", 1)
+    return HTML(
+        f'<iframe srcdoc="{html.escape(page)}" title="{html.escape(title)}" width="100%" '
+        f'height="{height}" style="border:0"></iframe>'
+    )
 
 
 def scrubber(figures: "Sequence[Figure]", labels: Sequence[str], alt: str) -> "HTML":
