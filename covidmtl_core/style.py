@@ -87,8 +87,8 @@ def turnable(figure: "go.Figure", height: int, title: str) -> "HTML":
     )
     page = page.replace("<body>", f"<body>{load}", 1)
     return HTML(
-        f'<iframe srcdoc="{html.escape(page)}" title="{html.escape(title)}" width="100%" '
-        f'height="{height}" style="border:0"></iframe>'
+        f'<div><iframe srcdoc="{html.escape(page)}" title="{html.escape(title)}" width="100%" '
+        f'height="{height}" style="border:0"></iframe></div>'
     )
 
 

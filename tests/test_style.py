@@ -20,3 +20,11 @@ def test_scrubber_wants_a_label_for_each_picture() -> None:
         style.scrubber([plt.figure(), plt.figure()], ["one"], "alt")
     with pytest.raises(ValueError, match="at least one"):
         style.scrubber([], [], "alt")
+
+
+def test_a_figure_to_turn_is_a_frame_with_a_way_to_plotly() -> None:
+    import plotly.graph_objects as go
+
+    shown = style.turnable(go.Figure(go.Scatter(y=[1, 2])), 300, "A line").data
+    assert "_static/plotly.min.js" in shown and "https://cdn.plot.ly/plotly-" in shown
+    assert 'title="A line"' in shown and len(shown) < 50_000
