@@ -57,7 +57,7 @@ SIZES = {
     "n_patients": {"phantom": 40, "released": 100, "volumes": 100},
     "n_epochs": {"phantom": 2, "released": 16, "volumes": 80},
     "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
-    "n_runs": {"phantom": 2, "released": 4, "volumes": 4},
+    "n_runs": {"phantom": 2, "released": 3, "volumes": 3},
     "n_splits": {"phantom": 5, "released": 20, "volumes": 20},
     "n_repeats": {"phantom": 1, "released": 1, "volumes": 1},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
