@@ -71,6 +71,7 @@ def _catalogue() -> dict[str, dict[str, Any]]:
     found["covid_mtl.features_only"] = features_only
     for loss in ("mean", "uncertainty"):
         found[f"covid_mtl.features_only.{loss}"] = features_only | {"loss": loss}
+    found["covid_mtl.features_only.unshuffled"] = features_only | {"shuffle": False}
     for draws in (1, 5, 20):
         found[f"covid_mtl.draws-{draws}"] = {"draws": draws}
     for percent in (10, 50, 100):
@@ -96,6 +97,7 @@ _WORDS = {
     "uncertainty": "uncertainty loss",
     "gaussian": "Gaussian shifts",
     "classical": "classical lungs",
+    "unshuffled": "never shuffled",
     "diagnosis": "COVID-MTL, two tasks",
     "transfer": "Transfer learning",
     "input": "shifting the input",
