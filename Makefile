@@ -12,14 +12,14 @@ RADIOMICS_VERSION := 3.0.1
 .PHONY: book test notebooks phantoms clean
 
 book: $(READY)
-	@echo "Executing and rendering the book: about 20 minutes on 2 cores with the released data,"
-	@echo "3 minutes on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
+	@echo "Executing and rendering the book: about 22 minutes on 2 cores with the released data,"
+	@echo "6 minutes on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
 	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
 	  --profile book/profiles/local --config tier=$(TIER) $(if $(CHAPTER),chapter=$(CHAPTER))
 	@echo "The book is at _build/html/index.html"
 
 test: $(READY)
-	@echo "Testing: about 13 minutes on 2 cores; the slowest part builds a book on phantoms."
+	@echo "Testing: about 14 minutes on 2 cores; the slowest part builds a book on phantoms."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
