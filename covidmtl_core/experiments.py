@@ -169,6 +169,18 @@ class Results:
     costs: pd.DataFrame
     circumstances: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def source(self) -> str:
+        """What recorded results were computed on, with what and when, in one line."""
+        facts = self.circumstances
+        return (
+            f"Recorded on phantoms: {facts['patients']['training']} to train, "
+            f"{facts['patients']['test']} to test, {facts['mm']:g} mm, "
+            f"{facts['settings']['epochs']} epochs, {facts['trainings']} trainings, seeds "
+            f"{facts['seeds']}; {facts['device']}, {facts['date']}, torch "
+            f"{facts['versions']['torch']}, commit {facts['commit']}"
+        )
+
     def probabilities(self, experiment: str, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
         """Labels (n,) and probabilities (n, classes) of the test patients whose label is known."""
         columns = [f"{task}_{k}" for k in range(TASKS[task])]

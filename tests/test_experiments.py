@@ -88,6 +88,7 @@ def test_a_grid_is_its_trainings_and_can_be_read_again(
     experiments.record(found, study, 6.0)
     read = experiments.recorded()
     assert read is not None and read.circumstances["seeds"] == [0, 1]
+    assert "16 to train, 8 to test, 6 mm, 2 epochs, 4 trainings" in read.source
     pd.testing.assert_frame_equal(read.metrics(), found.metrics())
     with pytest.raises(ParameterError, match="minutes"):
         experiments.grid(study, names, minutes=-1)
