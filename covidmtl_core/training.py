@@ -135,7 +135,7 @@ def fit(
     lock = FileLock(run / ".lock", timeout=0) if group.rank == 0 else contextlib.nullcontext()
     devices = [target] if target.type == "cuda" else []
     try:
-        with lock, torch.random.fork_rng(devices), _autotuned(config, target):
+        with lock, torch.random.fork_rng(devices), _autotuned(config, target), _threads(config):
             run_of = config, patients, validation, run, key, target, group
             return _Run(*run_of, progress, keep_best, trunk).train()
     except Timeout:
@@ -210,7 +210,7 @@ def predict(trained: Trained, patients: Patients, batch_size: int | None = None)
         for first in range(0, len(patients), size)
     ]
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), _threads(config):
         for batch in _loader(config, patients, keys, device):
             with _autocast(config, device):
                 outputs = _forward(model, config, _prepared(batch, trained.scaling, device, None))
@@ -762,6 +762,17 @@ def _autotuned(config: TrainConfig, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = before
+
+
+@contextlib.contextmanager
+def _threads(config: TrainConfig) -> Iterator[None]:
+    """One for features alone: faster, and their results are those of any number of cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if config.use_volume else 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _gib(device: torch.device) -> float:
