@@ -55,11 +55,11 @@ SIZES = {
     "n_phantoms": {"phantom": 3, "released": 6, "volumes": 6},
     "n_scans": {"phantom": 8, "released": 24, "volumes": 24},
     "n_patients": {"phantom": 40, "released": 100, "volumes": 100},
-    "n_epochs": {"phantom": 2, "released": 12, "volumes": 80},
+    "n_epochs": {"phantom": 2, "released": 16, "volumes": 80},
     "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
-    "n_runs": {"phantom": 2, "released": 3, "volumes": 3},
-    "n_splits": {"phantom": 5, "released": 10, "volumes": 10},
-    "n_repeats": {"phantom": 1, "released": 1, "volumes": 1},
+    "n_runs": {"phantom": 2, "released": 10, "volumes": 10},
+    "n_splits": {"phantom": 5, "released": 30, "volumes": 30},
+    "n_repeats": {"phantom": 1, "released": 5, "volumes": 5},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }
 """What a size that a chapter leaves at None becomes: the paper's, or a quick one on phantoms."""

@@ -9,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -41,6 +41,9 @@ QUICK: dict[str, Any] = {
 
 QUICK_MM = 6.0
 """Voxel size of the phantoms."""
+
+_OF_THE_MACHINE = {"micro_batches", "checkpointing", "precision", "autotune", "workers"}
+"""Settings of `recipe.TrainConfig` that a machine may ask for, not the recipe."""
 
 _CLASSICAL_MM = 3.0
 """Voxel size at which the classical method looks for their lungs; coarser, it loses one."""
@@ -292,6 +295,13 @@ class Study:
     classical: Callable[[], Scans] | None = None
     device: str | None = None
 
+    @property
+    def is_the_papers(self) -> bool:
+        """Are these the paper's patients and its recipe, in all that may change the results?"""
+        default = asdict(TrainConfig())
+        changed = {name for name, value in self.settings.items() if value != default[name]}
+        return self.scans.are_the_papers and changed <= _OF_THE_MACHINE
+
     def config(self, name: str, seed: int) -> TrainConfig:
         """The recipe of an experiment.
 
@@ -376,6 +386,7 @@ def study(
     n_epochs: int,
     data_root: str | Path | None = None,
     classical_root: str | Path | None = None,
+    settings: dict[str, Any] | None = None,
     device: str | None = None,
 ) -> Study:
     """The study of a tier: the reader's scans in `volumes`, else phantoms.
@@ -386,18 +397,31 @@ def study(
         n_epochs: Epochs of a training.
         data_root: Folder that `covidmtl preprocess` made, in tier `volumes`.
         classical_root: The same, made with `--method classical`.
+        settings: What else is changed of `recipe.TrainConfig`: `{"micro_batches": 2}`.
         device: As for `training.fit`.
 
     Raises:
-        ParameterError: A size or a folder cannot be used.
+        ParameterError: A size, a setting or a folder cannot be used.
         DataError: A folder is not one of preprocessed scans.
     """
     check_tier(tier, data_root)
     folder = book.results_root() / tier / "trainings"
     if tier == "volumes":
         other = None if classical_root is None else lambda: volume_scans(classical_root)
-        return Study(volume_scans(str(data_root)), {"epochs": n_epochs}, folder, other, device)
-    return phantom_study(n_patients, n_epochs, folder, device=device)
+        found = Study(volume_scans(str(data_root)), {"epochs": n_epochs}, folder, other, device)
+    else:
+        found = phantom_study(n_patients, n_epochs, folder, device=device)
+    if not settings:
+        return found
+    unknown = settings.keys() - TrainConfig.__dataclass_fields__
+    if unknown:
+        raise ParameterError(
+            f"settings name {', '.join(sorted(unknown))}; there are "
+            f"{', '.join(TrainConfig.__dataclass_fields__)}."
+        )
+    changed = replace(found, settings=found.settings | settings)
+    changed.config("covid_mtl", 0)
+    return changed
 
 
 def phantom_study(

@@ -1,3 +1,6 @@
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,6 +124,21 @@ def test_phantoms_are_made_once_and_segmented(
     assert times == [(folder / "done").stat().st_mtime_ns for folder in again.values()]
 
 
+def test_settings_change_the_recipe_and_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiments, "phantom_scans", lambda n, mm: small_study(tmp_path).scans)
+    changed = experiments.study("phantom", 24, 2, settings={"micro_batches": 2, "crop": [9, 8, 7]})
+    config = changed.config("covid_mtl", SEED)
+    assert (config.micro_batches, config.crop, config.epochs) == (2, (9, 8, 7), 2)
+    for settings, said in (
+        ({"batchsize": 2}, "batchsize"),
+        ({"micro_batches": 0}, "micro_batches"),
+    ):
+        with pytest.raises(ParameterError, match=said):
+            experiments.study("phantom", 24, 2, settings=settings)
+
+
 def test_only_the_papers_own_scans_are_the_papers(tmp_path: Path) -> None:
     scans = small_study(tmp_path).scans
     assert not scans.are_the_papers and not replace(scans, data="volumes").are_the_papers
@@ -128,3 +146,24 @@ def test_only_the_papers_own_scans_are_the_papers(tmp_path: Path) -> None:
     table.loc[:997, "ct"], table.loc[:760, "nat"] = 1, 1
     whole = replace(scans, table=table, test=table.index[:399], data="volumes")
     assert whole.are_the_papers and not replace(whole, data="phantom").are_the_papers
+    assert Study(whole, {"epochs": 80, "micro_batches": 2}, tmp_path).is_the_papers
+    assert not Study(whole, {"epochs": 1}, tmp_path).is_the_papers
+    assert not Study(scans, {}, tmp_path).is_the_papers
+
+
+@pytest.mark.parametrize("name", ["covid_mtl.features_only", "covid_mtl"])
+def test_results_are_the_same_bytes_in_another_process(name: str, tmp_path: Path) -> None:
+    tables = []
+    # Features alone whatever the number of threads; networks on volumes with the same.
+    for threads in ("1", "2" if "features" in name else "1"):
+        folder = tmp_path / str(len(tables))
+        code = (
+            "from pathlib import Path; from test_experiments import small_study;"
+            f"found = small_study(Path({str(folder)!r})).run([{name!r}], [{SEED}], False);"
+            f"found.predictions.to_csv({str(folder) + '.csv'!r})"
+        )
+        here = Path(__file__).parent
+        environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(here)}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment, timeout=120)
+        tables.append(Path(f"{folder}.csv").read_bytes())
+    assert tables[0] == tables[1]
