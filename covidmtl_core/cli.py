@@ -26,7 +26,7 @@ def fetch_command(
         bool, typer.Option("--list", help="Show the table, fetch nothing.")
     ] = False,
 ) -> None:
-    """Fetch data files by checksum, then show what is there."""
+    """Fetch data files by checksum, then show what is there of them."""
     for file_id in ids or ():
         fetch.find_entry(file_id)
     failed = []
@@ -36,13 +36,16 @@ def fetch_command(
         except CovidMTLError as error:
             failed.append(str(error))
     table = Table("id", "size", "state", "licence", "what it is for", box=box.SIMPLE)
-    for entry in fetch.registry().values():
+    shown = [fetch.find_entry(file_id) for file_id in ids or fetch.registry()]
+    for entry in shown:
         size = f"{entry.bytes / 1e6:.2f} MB" if entry.bytes else "unknown"
-        purpose = " ".join(filter(None, [f"{entry.purpose}.", entry.note]))
-        table.add_row(entry.id, size, fetch.state(entry), entry.licence, purpose)
+        table.add_row(entry.id, size, fetch.state(entry), entry.licence, entry.purpose)
     for column in table.columns:
         column.overflow, column.no_wrap = "fold", column.header in ("id", "size", "state")
     Console().print(table)
+    for entry in shown:
+        if entry.note and not ids:
+            print(f"{entry.id}: {entry.note}")
     print(f"Cache folder: {fetch.cache_folder()}")
     if failed:
         raise CovidMTLError("\n".join(failed))
