@@ -193,7 +193,7 @@ class Chapter:
         claims.write_atomically(self.folder / f"{name}.csv", table.to_csv(lineterminator="\n"))
 
     def compare(self) -> pd.DataFrame:
-        """Paper against book for everything recorded so far, by the claims' titles."""
+        """Paper against book for everything recorded so far, by model and what is measured."""
         if not self.records:
             return pd.DataFrame({"verdict": []}).rename_axis("nothing to compare: other scans")
         board = claims.scoreboard(self.records).loc[list(self.records)]
@@ -201,7 +201,7 @@ class Chapter:
         rows = {}
         for claim_id, row in board.iterrows():
             claim, record = known[str(claim_id)], self.records[str(claim_id)]
-            rows[claim_title(row)] = {
+            rows[_claim_words(row)] = {
                 "paper": row["paper"],
                 "book": row["book"],
                 "95% of seeds": claims.printed_range(claim, record.low, record.high),
@@ -213,7 +213,9 @@ class Chapter:
                 else claims.printed_like(claim, record.correct),
                 "verdict": claims.verdict(claim, record) or "none (synthetic)",
             }
-        table = pd.DataFrame.from_dict(rows, orient="index")
+        table = pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(rows))
+        if len({model for model, _ in rows}) == 1:
+            table = table.droplevel(0)
         return table.loc[:, (table != "").any()]
 
     def finish(self) -> Any:
@@ -233,10 +235,13 @@ class Chapter:
 
 def claim_title(row: "pd.Series[Any]") -> str:
     """A short name of a scoreboard's row: model, task and metric."""
+    return ", ".join(filter(None, _claim_words(row)))
+
+
+def _claim_words(row: "pd.Series[Any]") -> tuple[str, str]:
     task = row["task"].upper() if row["task"] in ("ct", "nat") else row["task"]
-    metric = row["metric"].replace("auc", "AUC")
-    model = MODELS.get(row["model"], row["model"])
-    return ", ".join(filter(None, [model, task, metric]))
+    metric = row["metric"].replace("auc", "AUC").replace("f1", "F1")
+    return MODELS.get(row["model"], row["model"]), ", ".join(filter(None, [task, metric]))
 
 
 def start(name: str, tier: str, phantom_scans: bool = False, **parameters: Any) -> Chapter:

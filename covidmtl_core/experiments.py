@@ -162,8 +162,9 @@ class Results:
         predictions: Indexed by `experiment`, `seed` and `patient_id`; columns `<task>_<class>`.
         history: Indexed by `experiment`, `seed` and `epoch`; losses and accuracies of
             `training.Trained.history`, those of the test patients named `test_...`.
-        costs: Indexed by `experiment` and `seed`: `training_seconds`, `inference_seconds`, `gib`.
-        circumstances: Device, versions, commit, date and sizes, where the results were recorded.
+        costs: Indexed by `experiment` and `seed`: `training_seconds`, `inference_seconds`, `gib`,
+            and where the results were recorded `device`, `torch`, `commit` and `date`.
+        circumstances: Patients, voxel size and settings, where the results were recorded.
     """
 
     truth: pd.DataFrame
@@ -176,12 +177,14 @@ class Results:
     def source(self) -> str:
         """What recorded results were computed on, with what and when, in one line."""
         facts = self.circumstances
+        seeds = ", ".join(map(str, sorted(self.costs.index.unique("seed"))))
+        said = {name: ", ".join(sorted(set(self.costs[name]))) for name in _RECORDED_WITH}
         return (
             f"Recorded on phantoms: {facts['patients']['training']} to train, "
             f"{facts['patients']['test']} to test, {facts['mm']:g} mm, "
-            f"{facts['settings']['epochs']} epochs, {facts['trainings']} trainings, seeds "
-            f"{facts['seeds']}; {facts['device']}, {facts['date']}, torch "
-            f"{facts['versions']['torch']}, commit {facts['commit']}"
+            f"{facts['settings']['epochs']} epochs, {len(self.costs)} trainings with seeds "
+            f"{seeds}; {said['device']}, {said['date']}, torch {said['torch']}, commit "
+            f"{said['commit']}."
         )
 
     def probabilities(self, experiment: str, seed: int, task: str) -> tuple[np.ndarray, np.ndarray]:
@@ -506,10 +509,13 @@ def _one(on: Study, name: str, seed: int, last: float, alone: bool) -> Results |
 
 
 _TABLES = ("truth", "predictions", "history", "costs")
+_RECORDED_WITH = ("device", "torch", "commit", "date")
 
 
 def record(results: Results, on: Study, mm: float) -> Path:
-    """Keep results of phantoms, with their circumstances, where `recorded` finds them.
+    """Keep results of phantoms where `recorded` finds them, each training with its circumstances.
+
+    Trainings that were recorded before, on the same phantoms with the same settings, stay.
 
     Raises:
         ParameterError: This package runs without the book's repository.
@@ -517,22 +523,26 @@ def record(results: Results, on: Study, mm: float) -> Path:
     root = book.repository_folder()
     if root is None:
         raise ParameterError("results are kept in the book's repository: run from a copy of it.")
-    folder = root / "book" / "recorded"
     name = "grid_gpu" if str(on.device).startswith("cuda") else "grid"
-    seeds = sorted({int(seed) for _, seed in results.costs.index})
-    circumstances = {
-        "patients": {"training": len(on.scans.train), "test": len(on.scans.test)},
-        "mm": mm,
-        "settings": on.settings,
-        "seeds": seeds,
-        "trainings": len(results.costs),
-        "device": book.device(on.device),
-        "versions": {package: metadata.version(package) for package in ("torch", "numpy")},
-        "commit": book.commit(),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-    for part in _TABLES:
-        table: pd.DataFrame = getattr(results, part)
+    patients = {"training": len(on.scans.train), "test": len(on.scans.test)}
+    settings = json.loads(json.dumps(on.settings))
+    circumstances = {"patients": patients, "mm": mm, "settings": settings}
+    now = (
+        book.device(on.device),
+        metadata.version("torch"),
+        book.commit(),
+        time.strftime("%Y-%m-%d", time.gmtime()),
+    )
+    parts = {part: getattr(results, part) for part in _TABLES}
+    parts["costs"] = parts["costs"].assign(**dict(zip(_RECORDED_WITH, now, strict=True)))
+    before = recorded(name)
+    if before is not None and before.circumstances == circumstances:
+        for part in _TABLES[1:]:
+            table: pd.DataFrame = getattr(before, part)
+            done = pd.Index([key[:2] for key in table.index]).isin(results.costs.index)
+            parts[part] = pd.concat([table[~done], parts[part]]).sort_index()
+    folder = root / "book" / "recorded"
+    for part, table in parts.items():
         packed = "" if part in ("truth", "costs") else ".xz"
         path = folder / f"{name}_{part}.csv{packed}"
         table.to_csv(path, float_format="%.8g", lineterminator="\n")

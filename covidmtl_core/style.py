@@ -32,7 +32,12 @@ CLASSES = {
 }
 CLASS_COLOURS = [PALETTE["sky"], PALETTE["orange"], PALETTE["vermilion"]]
 MODELS = {"RF": "Random forest", "LGBM": "LightGBM"}
-METRICS = {"auc": "AUC as released", "exact_auc": "exact AUC", "auc_spread": "AUC spread"}
+METRICS = {
+    "f1": "F1",
+    "auc": "AUC as released",
+    "exact_auc": "exact AUC",
+    "auc_spread": "AUC spread",
+}
 QUANTILES = {0.025: "2.5%", 0.975: "97.5%"}
 MODEL_COLOURS = {"RF": PALETTE["blue"], "LGBM": PALETTE["vermilion"]}
 VERDICT_COLOURS = {

@@ -90,9 +90,17 @@ def test_a_grid_is_its_trainings_and_can_be_read_again(
     monkeypatch.setattr(book, "repository_folder", lambda: tmp_path)
     experiments.record(found, study, 6.0)
     read = experiments.recorded()
-    assert read is not None and read.circumstances["seeds"] == [0, 1]
-    assert "16 to train, 8 to test, 6 mm, 2 epochs, 4 trainings" in read.source
+    assert read is not None
+    assert "16 to train, 8 to test, 6 mm, 2 epochs, 4 trainings with seeds 0, 1;" in read.source
     pd.testing.assert_frame_equal(read.metrics(), found.metrics())
+    experiments.record(study.run(names[:1], [1, 2], progress=False), study, 6.0)
+    more = experiments.recorded()
+    assert more is not None and len(more.costs) == 5
+    same = more.metrics().drop(2, level="seed").sort_index()
+    pd.testing.assert_frame_equal(same, found.metrics().sort_index())
+    experiments.record(alone, replace(study, settings=study.settings | {"epochs": 3}), 6.0)
+    other = experiments.recorded()
+    assert other is not None and len(other.costs) == 1, "other settings begin a record anew"
     with pytest.raises(ParameterError, match="minutes"):
         experiments.grid(study, names, minutes=-1)
 
