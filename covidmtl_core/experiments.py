@@ -25,7 +25,7 @@ from joblib import Parallel, delayed
 from covidmtl_core import book, evaluation, phantom, phantom_cohort, segmentation, store
 from covidmtl_core.boxes import bounds
 from covidmtl_core.cohort import TASKS, check_tier, load_cohort, load_features, split
-from covidmtl_core.errors import ParameterError
+from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.recipe import TrainConfig
 from covidmtl_core.training import Trained, fit, predict
 
@@ -240,12 +240,20 @@ def volume_scans(data_root: str | Path) -> Scans:
     """A reader's scans, made ready by `covidmtl preprocess`.
 
     Raises:
-        DataError: The folder is not one of preprocessed scans, a label is missing, or the split
-            cannot be used.
+        DataError: The folder is not one of preprocessed scans, a label is missing, or a class has
+            no patient to train or to test on.
     """
     table = load_cohort("volumes", data_root)
+    sides = split(table)
+    for side, (task, classes) in product((0, 1), TASKS.items()):
+        lost = set(range(classes)) - set(table.loc[sides[side], task])
+        if lost:
+            raise DataError(
+                f"no {('training', 'test')[side]} patient of {data_root} has {task} {min(lost)}: "
+                "chapters need every class on both sides: set column `split` of the labels so."
+            )
     _, features, volumes = store.load_preprocessed(data_root)
-    return Scans(table[list(TASKS)], features, dict(volumes), *split(table), "volumes")
+    return Scans(table[list(TASKS)], features, dict(volumes), *sides, "volumes")
 
 
 def _made(

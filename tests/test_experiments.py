@@ -119,6 +119,17 @@ def test_wrong_names_and_missing_lungs_are_said(tmp_path: Path) -> None:
         experiments.study("volumes", 10, 1, tmp_path)
 
 
+def test_a_class_without_a_test_patient_is_said_before_any_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = small_study(tmp_path).scans.table
+    table["split"] = ["test" if k < 6 else "train" for k in range(len(table))]
+    monkeypatch.setattr(experiments, "load_cohort", lambda *_: table)
+    table.loc[table["split"] == "test", "severity"] = 1
+    with pytest.raises(DataError, match=r"no test patient of .* has severity 0"):
+        experiments.study("volumes", 1, 1, tmp_path)
+
+
 def test_phantoms_are_made_once_and_segmented(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
