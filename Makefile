@@ -23,7 +23,7 @@ test: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
+	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
 	  $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadscope \
 	  tests covidmtl_core --nbval-lax --nbval-current-env book
 

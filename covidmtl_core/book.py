@@ -91,10 +91,26 @@ def recorded(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else None
 
 
-def upstream_table(tier: str, chapter: str, name: str) -> pd.DataFrame | None:
-    """A table that another chapter saved with `Chapter.save_table`, or None if it was not run."""
-    path = results_folder(tier, chapter) / f"{name}.csv"
-    return pd.read_csv(path, index_col=0) if path.is_file() else None
+def upstream_table(tier: str, chapter: str, name: str, **parameters: Any) -> pd.DataFrame | None:
+    """A table that another chapter saved with `Chapter.save_table`.
+
+    Args:
+        tier: The tier.
+        chapter: The other chapter.
+        name: The table.
+        **parameters: What that chapter must have been run with.
+
+    Returns:
+        The table, or None if the chapter was not run, or with other parameters.
+    """
+    folder = results_folder(tier, chapter)
+    path = folder / f"{name}.csv"
+    if not (path.is_file() and (folder / "claims.json").is_file()):
+        return None
+    content = json.loads((folder / "claims.json").read_text(encoding="utf-8"))
+    if parameters.items() <= content["provenance"]["parameters"].items():
+        return pd.read_csv(path, index_col=0)
+    return None
 
 
 def upstream_records(tier: str, chapters: Iterable[str]) -> dict[str, claims.Record]:
@@ -299,7 +315,7 @@ def provenance(chapter: Chapter) -> dict[str, Any]:
         "versions": _versions(),
         "data": data,
         "parameters": chapter.parameters,
-        "device": device(),
+        "device": device() + (f"; {device('cuda')}" if _has_card() else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "seconds": round(time.monotonic() - chapter.started),
     }
@@ -312,6 +328,11 @@ def device(name: str | None = None) -> str:
 
         return str(torch.cuda.get_device_name(name))
     return f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
+def _has_card() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available()
 
 
 def _versions() -> dict[str, str]:

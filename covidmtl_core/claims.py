@@ -29,12 +29,13 @@ BOUNDS = {"<": operator.lt, ">": operator.gt, ">=": operator.ge}
 EXACT = "exact"
 AGREES = "agrees"
 DIFFERS = "differs"
+TOO_FEW = "too few seeds"
 CHECKED = "checked from print"
 CONTRADICTED = "contradicted from print"
 NEEDS_VOLUMES = "needs the CT volumes"
 NOT_MEASURED = "not measured"
 STATEMENT = "statement"
-VERDICTS = (EXACT, AGREES, DIFFERS)
+VERDICTS = (EXACT, AGREES, DIFFERS, TOO_FEW)
 STATUSES = (*VERDICTS, CHECKED, CONTRADICTED, NEEDS_VOLUMES, NOT_MEASURED, STATEMENT)
 
 MEASURED_ON = ("released", "volumes")
@@ -182,7 +183,8 @@ def verdict(claim: Claim, record: Record) -> str | None:
     """How the book's number compares with the paper's.
 
     `exact`: equal at the printed precision (or the stated bound holds). `agrees`: the paper's
-    number lies within the central 95 % of at least ten training seeds. `differs`: neither.
+    number lies within the central 95 % of at least ten training seeds. `too few seeds`: it is not
+    exact, and there were fewer. `differs`: none of these.
 
     Returns:
         The verdict, or None for a phantom value.
@@ -194,7 +196,7 @@ def verdict(claim: Claim, record: Record) -> str | None:
     if record.seeds >= MIN_SEEDS and record.low is not None and record.high is not None:
         if record.low <= claim.value <= record.high:
             return AGREES
-    return DIFFERS
+    return TOO_FEW if 0 < record.seeds < MIN_SEEDS else DIFFERS
 
 
 def holds(claim: Claim, value: float, slack: float = 0.0) -> bool:

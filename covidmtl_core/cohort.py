@@ -1,6 +1,8 @@
 """The cohort of section 3: patients, labels, features, the split, and what is wrong with them."""
 
+import hashlib
 import os
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -314,6 +316,9 @@ def _preprocessed(data_root: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
     from covidmtl_core.store import load_preprocessed
 
     scans, features, _ = load_preprocessed(data_root)
+    for name in ("scans.csv", "features.csv", "settings.json"):
+        path = Path(data_root) / name
+        fetch.USED[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return scans, features.loc[scans.index]
 
 

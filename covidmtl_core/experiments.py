@@ -45,6 +45,15 @@ QUICK_MM = 6.0
 _OF_THE_MACHINE = {"micro_batches", "checkpointing", "precision", "autotune", "workers"}
 """Settings of `recipe.TrainConfig` that a machine may ask for, not the recipe."""
 
+_THE_PAPERS = [
+    (229, 701),
+    (397, 533),
+    (397, 398, 135),
+    (102, 297),
+    (171, 228),
+    (171, 164, 64),
+]
+
 _CLASSICAL_MM = 3.0
 """Voxel size at which the classical method looks for their lungs; coarser, it loses one."""
 
@@ -131,6 +140,7 @@ class Scans:
         train: Patients to train on.
         test: Patients to test on.
         data: `phantom`, `released` (features alone) or `volumes`.
+        preprocessing: Voxel size and segmentation method, where `covidmtl preprocess` was used.
     """
 
     table: pd.DataFrame
@@ -139,12 +149,19 @@ class Scans:
     train: pd.Index
     test: pd.Index
     data: str
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
     @property
     def are_the_papers(self) -> bool:
-        """Are these the paper's 1,329 patients, as far as labels tell?"""
-        counts = len(self.table), int(self.table["ct"].sum()), int(self.table["nat"].sum())
-        return self.data == "volumes" and counts == (1329, 998, 761) and len(self.test) == 399
+        """Are these the paper's scans and split, as far as voxel size, lungs and labels tell?"""
+        sides = [self.table.loc[side] for side in (self.train, self.test)]
+        counts = [
+            tuple(side[task].value_counts().get(k, 0) for k in range(n))
+            for side in sides
+            for task, n in TASKS.items()
+        ]
+        made = self.preprocessing.get("spacing_mm"), self.preprocessing.get("method")
+        return counts == _THE_PAPERS and made in ((1.0, "refined"), (1.0, "released"))
 
     def patients(self, ids: pd.Index, config: TrainConfig) -> store.Patients:
         """Some of the patients, with what a network is given."""
@@ -246,14 +263,17 @@ def volume_scans(data_root: str | Path) -> Scans:
     table = load_cohort("volumes", data_root)
     sides = split(table)
     for side, (task, classes) in product((0, 1), TASKS.items()):
-        lost = set(range(classes)) - set(table.loc[sides[side], task])
+        counts = table.loc[sides[side], task].value_counts()
+        lost = [k for k in range(classes) if counts.get(k, 0) < 2]
         if lost:
             raise DataError(
-                f"no {('training', 'test')[side]} patient of {data_root} has {task} {min(lost)}: "
-                "chapters need every class on both sides: set column `split` of the labels so."
+                f"{data_root} has fewer than two {('training', 'test')[side]} patients of {task} "
+                f"{lost[0]}: chapters need every class on both sides; set column `split` of the "
+                "labels so."
             )
     _, features, volumes = store.load_preprocessed(data_root)
-    return Scans(table[list(TASKS)], features, dict(volumes), *sides, "volumes")
+    made = json.loads((Path(data_root) / "settings.json").read_text())
+    return Scans(table[list(TASKS)], features, dict(volumes), *sides, "volumes", made)
 
 
 def _made(
@@ -309,9 +329,10 @@ class Study:
     @property
     def is_the_papers(self) -> bool:
         """Are these the paper's patients and its recipe, in all that may change the results?"""
-        default = asdict(TrainConfig())
-        changed = {name for name, value in self.settings.items() if value != default[name]}
-        return self.scans.are_the_papers and changed <= _OF_THE_MACHINE
+        default, own = asdict(TrainConfig()), asdict(TrainConfig(**self.settings))
+        changed = {name for name, value in own.items() if value != default[name]}
+        halves = own["micro_batches"] <= 2  # the paper's two cards
+        return self.scans.are_the_papers and changed <= _OF_THE_MACHINE and halves
 
     def config(self, name: str, seed: int) -> TrainConfig:
         """The recipe of an experiment.
@@ -352,7 +373,16 @@ class Study:
     def run(
         self, names: Iterable[str], seeds: Sequence[int] = (0,), progress: bool = True
     ) -> Results:
-        """Train what is named, with each seed, and predict the test patients."""
+        """Train what is named, with each seed, and predict the test patients.
+
+        Raises:
+            ParameterError: A name or a setting cannot be used; said before anything is trained.
+        """
+        if isinstance(names, str):
+            raise ParameterError(f"networks are {names!r}; give a list: -y 'networks: [{names}]'.")
+        names = list(names)
+        for name in names:
+            self.config(name, 0), self._scans(name)
         predictions, histories, costs = {}, {}, {}
         for seed, name in product(seeds, names):
             if progress:
@@ -407,7 +437,7 @@ def study(
         n_patients: Phantoms; of the reader's scans all are taken.
         n_epochs: Epochs of a training.
         data_root: Folder that `covidmtl preprocess` made, in tier `volumes`.
-        classical_root: The same, made with `--method classical`.
+        classical_root: The same patients, made with `--method classical`.
         settings: What else is changed of `recipe.TrainConfig`: `{"micro_batches": 2}`.
         device: As for `training.fit`.
 
@@ -418,8 +448,14 @@ def study(
     check_tier(tier, data_root)
     folder = book.results_root() / tier / "trainings"
     if tier == "volumes":
-        other = None if classical_root is None else lambda: volume_scans(classical_root)
-        found = Study(volume_scans(str(data_root)), {"epochs": n_epochs}, folder, other, device)
+        scans = volume_scans(str(data_root))
+        found = Study(scans, {"epochs": n_epochs}, folder, None, device)
+        if classical_root is not None:
+            _, _, volumes = store.load_preprocessed(classical_root)
+            lost = [patient for patient in scans.table.index if patient not in volumes]
+            if lost:
+                raise DataError(f"{classical_root} lacks {len(lost)} patients, first {lost[0]}.")
+            found = replace(found, classical=lambda: replace(scans, volumes=volumes))
     else:
         found = phantom_study(n_patients, n_epochs, folder, device=device)
     if not settings:
@@ -465,7 +501,9 @@ def feature_study(tier: str, n_epochs: int, data_root: str | Path | None = None)
     """
     table, features = load_cohort(tier, data_root), load_features(tier, data_root)
     scans = Scans(table[list(TASKS)], features, {}, *split(table), tier)
-    return Study(scans, {"epochs": n_epochs}, book.results_root() / tier / "trainings")
+    return Study(
+        scans, {"epochs": n_epochs}, book.results_root() / tier / "trainings", device="cpu"
+    )
 
 
 # --- the whole grid, recorded -----------------------------------------------------------------

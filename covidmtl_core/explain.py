@@ -47,10 +47,12 @@ def class_activation_map(
     except AttributeError:
         raise ParameterError(f"the network has no layer {name!r}.") from None
     was_training, kept = model.training, list[Tensor]()
+    device = next(model.parameters()).device
+    volume, features = volume.to(device), None if features is None else features.to(device)
     model.eval()
     try:
         if layer is None:
-            return _of_last_convolution(model, volume, task, positive, negative)
+            return _of_last_convolution(model, volume, task, positive, negative).cpu()
         hook = part.register_forward_hook(lambda _, __, output: kept.append(output))
         try:
             with torch.enable_grad():
@@ -60,7 +62,7 @@ def class_activation_map(
         finally:
             hook.remove()
         places = kept[0][0, 0].numel()
-        return (gradient * kept[0]).sum(1).detach() * places
+        return (gradient * kept[0]).sum(1).detach().cpu() * places
     finally:
         model.train(was_training)
 

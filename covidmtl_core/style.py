@@ -44,6 +44,7 @@ VERDICT_COLOURS = {
     "exact": PALETTE["green"],
     "agrees": PALETTE["sky"],
     "differs": PALETTE["vermilion"],
+    "too few seeds": "#F0E442",
     "checked from print": PALETTE["blue"],
     "contradicted from print": PALETTE["purple"],
     "needs the CT volumes": PALETTE["grey"],

@@ -153,9 +153,9 @@ def fit(
             raise
         raise TrainingError(
             f"memory ran out on {target} with batch_size {config.batch_size}, micro_batches "
-            f"{config.micro_batches} and crops of {config.crop}: set micro_batches to "
-            f"{2 * config.micro_batches}, checkpointing to true, or a smaller crop; what earlier "
-            "epochs learned is kept."
+            f"{config.micro_batches} and crops of {config.crop}: set checkpointing to true and "
+            f"call again to go on; or set micro_batches to {2 * config.micro_batches} or a smaller "
+            "crop, with which the training begins anew."
         ) from error
 
 
@@ -433,7 +433,8 @@ class _Run:
         raise TrainingError(
             f"the loss of {', '.join(bad) or 'the tasks together'} is {total.item()} in epoch "
             f"{self.epoch + 1}, batch {number + 1} (patients {ids}): look at these patients' data, "
-            "or lower learning_rate; the checkpoint of the epoch before is kept."
+            "or lower learning_rate, with which the training begins anew; the checkpoint of the "
+            "epoch before is kept."
         )
 
     def _refresh_norms(self) -> None:
@@ -688,6 +689,8 @@ def _key(
 ) -> str:
     settings = asdict(config) | {
         "workers": None,
+        "autotune": None,
+        "checkpointing": None,
         "tasks": list(config.tasks.items()),
         "precision": str(_precision(config, device)),
     }

@@ -42,7 +42,7 @@ def test_every_claim_prints_what_its_value_and_precision_say() -> None:
         (record(86.4662), claims.EXACT),
         (record(86.4649), claims.DIFFERS),
         (record(86.0, low=85.5, high=87.0, seeds=10), claims.AGREES),
-        (record(86.0, low=85.5, high=87.0, seeds=9), claims.DIFFERS),
+        (record(86.0, low=85.5, high=87.0, seeds=9), claims.TOO_FEW),
         (record(86.0, low=85.5, high=86.4, seeds=10), claims.DIFFERS),
         (record(86.0, patients_low=80.0, patients_high=90.0), claims.DIFFERS),
         (record(86.47, data="phantom"), None),

@@ -111,6 +111,11 @@ def test_wrong_names_and_missing_lungs_are_said(tmp_path: Path) -> None:
         study.config("covid", 0)
     with pytest.raises(ParameterError, match="classical"):
         study.train("covid_mtl.classical", 0)
+    with pytest.raises(ParameterError, match="give a list"):
+        study.run("covid_mtl")
+    with pytest.raises(ParameterError, match=r"no experiment 'shiftnet3d\.cta'"):
+        study.run(["covid_mtl", "shiftnet3d.cta"])
+    assert not list(study.folder.rglob("*.pt")), "said before anything is trained"
     with pytest.raises(ParameterError, match="from 20 to 304"):
         experiments.phantom_scans(7)
     with pytest.raises(ParameterError, match="data_root"):
@@ -126,7 +131,7 @@ def test_a_class_without_a_test_patient_is_said_before_any_training(
     table["split"] = ["test" if k < 6 else "train" for k in range(len(table))]
     monkeypatch.setattr(experiments, "load_cohort", lambda *_: table)
     table.loc[table["split"] == "test", "severity"] = 1
-    with pytest.raises(DataError, match=r"no test patient of .* has severity 0"):
+    with pytest.raises(DataError, match=r"fewer than two test patients of severity 0"):
         experiments.study("volumes", 1, 1, tmp_path)
 
 
@@ -158,16 +163,23 @@ def test_settings_change_the_recipe_and_are_checked(
             experiments.study("phantom", 24, 2, settings=settings)
 
 
+@pytest.mark.usefixtures("released")
 def test_only_the_papers_own_scans_are_the_papers(tmp_path: Path) -> None:
     scans = small_study(tmp_path).scans
-    assert not scans.are_the_papers and not replace(scans, data="volumes").are_the_papers
-    table = pd.DataFrame({"ct": 0, "nat": 0, "severity": 0}, index=range(1329))
-    table.loc[:997, "ct"], table.loc[:760, "nat"] = 1, 1
-    whole = replace(scans, table=table, test=table.index[:399], data="volumes")
-    assert whole.are_the_papers and not replace(whole, data="phantom").are_the_papers
-    assert Study(whole, {"epochs": 80, "micro_batches": 2}, tmp_path).is_the_papers
-    assert not Study(whole, {"epochs": 1}, tmp_path).is_the_papers
-    assert not Study(scans, {}, tmp_path).is_the_papers
+    table = cohort.load_cohort("released")[list(cohort.TASKS)]
+    train, test = cohort.split(table)
+    made = {"spacing_mm": 1.0, "method": "refined"}
+    whole = Scans(table, scans.features, {}, train, test, "volumes", made)
+    assert whole.are_the_papers and not scans.are_the_papers
+    by_text = table.set_axis(table.index.astype(str)).sort_index()
+    other = Scans(by_text, scans.features, {}, *cohort.split(by_text), "volumes", made)
+    assert not other.are_the_papers, "another order, and so other test patients"
+    assert not replace(whole, preprocessing=made | {"method": "classical"}).are_the_papers
+    assert not replace(whole, preprocessing=made | {"spacing_mm": 2.0}).are_the_papers
+    settings = {"epochs": 80, "micro_batches": 2, "crop": [200, 250, 250]}
+    assert Study(whole, settings, tmp_path).is_the_papers
+    for change in ({"epochs": 1}, {"micro_batches": 5}):
+        assert not Study(whole, settings | change, tmp_path).is_the_papers
 
 
 @pytest.mark.parametrize("name", ["covid_mtl.features_only", "covid_mtl"])
