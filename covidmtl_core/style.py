@@ -24,6 +24,7 @@ PALETTE = {
     "grey": "#777777",
 }
 
+SHORT_TASKS = {"ct": "CT", "nat": "NAT", "severity": "severity"}
 TASKS = {"ct": "CT (radiology)", "nat": "NAT (nucleic acid test)", "severity": "Severity"}
 CLASSES = {
     "ct": ["CT negative", "CT positive"],
