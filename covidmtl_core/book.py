@@ -3,6 +3,7 @@
 Also the assembly of executed chapters into the source that Jupyter Book renders.
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -168,6 +169,7 @@ class Chapter:
     started: float = field(default_factory=time.monotonic)
     records: dict[str, claims.Record] = field(default_factory=dict)
     comparable: bool = True
+    tables: dict[str, str] = field(default_factory=dict)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -206,7 +208,9 @@ class Chapter:
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Keep a tidy table as `NAME.csv` among the chapter's results."""
-        claims.write_atomically(self.folder / f"{name}.csv", table.to_csv(lineterminator="\n"))
+        content = table.to_csv(lineterminator="\n").encode()
+        claims.write_atomically(self.folder / f"{name}.csv", content)
+        self.tables[f"{name}.csv"] = hashlib.sha256(content).hexdigest()
 
     def compare(self) -> pd.DataFrame:
         """Paper against book for everything recorded so far, by model and what is measured."""
@@ -240,11 +244,11 @@ class Chapter:
         claims.save_records(self.folder / "claims.json", self.records.values(), facts)
         data = "; ".join(f"{name} {value[:12]}" for name, value in facts["data"].items())
         data = data or "results of other chapters"
-        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        packages = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         parameters = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
         parameters = parameters or "none"
         return _html(
-            f"<small><b>Provenance.</b> Commit {facts['commit']}; {versions}; data: {data}; "
+            f"<small><b>Provenance.</b> Commit {facts['commit']}; {packages}; data: {data}; "
             f"parameters: {parameters}; {facts['device']}; {facts['seconds']} s.</small>"
         )
 
@@ -301,7 +305,7 @@ def banner_html(tier: str, phantom_scans: bool = False) -> str:
 
 
 def provenance(chapter: Chapter) -> dict[str, Any]:
-    """What a result came from: commit, versions, data, parameters, device, time."""
+    """What a result came from: commit, versions, data, tables, parameters, device, time."""
     if chapter.tier == "phantom":
         from covidmtl_core.phantom_cohort import SEED
 
@@ -312,8 +316,9 @@ def provenance(chapter: Chapter) -> dict[str, Any]:
         "chapter": chapter.name,
         "tier": chapter.tier,
         "commit": commit(),
-        "versions": _versions(),
+        "versions": versions(),
         "data": data,
+        "tables": chapter.tables,
         "parameters": chapter.parameters,
         "device": device() + (f"; {device('cuda')}" if _has_card() else ""),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -335,15 +340,16 @@ def _has_card() -> bool:
     return torch is not None and torch.cuda.is_available()
 
 
-def _versions() -> dict[str, str]:
-    versions = {"Python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Of Python and the packages that results depend on, as far as they are installed."""
+    found = {"Python": platform.python_version()}
     packages = ("numpy", "pandas", "scikit-learn", "lightgbm", "scipy", "statsmodels")
     for package in (*packages, "torch", "SimpleITK", "scikit-image"):
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def commit() -> str:

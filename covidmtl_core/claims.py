@@ -350,7 +350,7 @@ def check_record(record: Record) -> None:
     Raises:
         ClaimError: It names no claim, its data is unknown, or a number in it is not finite.
     """
-    if record.id not in load_claims():
+    if not isinstance(record.id, str) or record.id not in load_claims():
         raise ClaimError(f"{record.id!r} is not a claim of paper_claims.yml.")
     if record.data not in ("phantom", *MEASURED_ON):
         raise ClaimError(f"{record.id} was recorded on {record.data!r}, which is no data tier.")
@@ -388,7 +388,7 @@ def load_records(source: Path) -> dict[str, Record]:
             rows = json.loads(path.read_text(encoding="utf-8"))["claims"]
             names = {f.name for f in fields(Record)}
             found = [Record(**{k: v for k, v in row.items() if k in names}) for row in rows]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ClaimError(
                 f"{path} is not a file of recorded claims ({type(error).__name__}: {error}); "
                 "run its chapter again."

@@ -161,6 +161,22 @@ def doctor_command() -> None:
         print(line, flush=True)
 
 
+@app.command("verify")
+def verify_command(
+    results: Annotated[
+        Path | None, typer.Argument(help="A folder of results; none: where chapters put them.")
+    ] = None,
+) -> None:
+    """Say which chapters' results are damaged, or stale: code, packages or data changed since."""
+    from covidmtl_core import book, verification
+
+    found = verification.verify(results or book.results_root())
+    for row in found.itertuples():
+        print(f"{row.results}: {row.state}" + f" ({row.reasons})" * bool(row.reasons))
+    if (found["state"] != verification.CURRENT).any():
+        raise typer.Exit(1)
+
+
 @claims_app.command("diff")
 def claims_diff(
     a: Annotated[Path, typer.Argument(help="A claims.json, or a folder of results.")],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pydicom
 import pytest
 import SimpleITK as sitk
 
@@ -220,3 +221,47 @@ def test_remarks_name_what_is_odd(source: Path, tmp_path: Path) -> None:
     sitk.WriteImage(image[:, :, 20:], tmp_path / "cut.nii.gz")
     cut = preprocess_scan(tmp_path / "cut.nii.gz", SPACING)
     assert "The lungs reach the lowest slice." in cut.measures["remarks"]
+
+
+PLANTED = "Mustermann"
+IDENTIFYING = (
+    "PatientName",
+    "PatientID",
+    "OtherPatientIDs",
+    "PatientComments",
+    "PatientAddress",
+    "ReferringPhysicianName",
+    "InstitutionName",
+    "AccessionNumber",
+    "StudyDescription",
+    "ImageComments",
+)
+
+
+def test_who_the_patient_is_leaves_the_scan_nowhere(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    scan = make_phantom(draw_patient(3, 0.2), SIZE, SPACING).image
+    for name in ("whole", "broken"):
+        write_series(scan, source / name)
+        for path in (source / name).iterdir():
+            dataset = pydicom.dcmread(path)
+            for keyword in IDENTIFYING:
+                setattr(dataset, keyword, PLANTED)
+            dataset.save_as(path)
+    lost = sorted((source / "broken").iterdir(), key=lambda p: pydicom.dcmread(p).InstanceNumber)
+    lost[20].unlink()
+    scan.SetMetaData("descrip", PLANTED)
+    sitk.WriteImage(scan, source / "n.nii.gz")
+    lines = ["patient_id,path,ct,nat,severity"]
+    lines += [f"p{k},{name},1,1,1" for k, name in enumerate(("whole", "broken", "n.nii.gz"))]
+    (source / "labels.csv").write_text("\n".join(lines) + "\n")
+    said = []
+    for command in (["check", source], ["preprocess", source, target, "--spacing", str(SPACING)]):
+        words = [sys.executable, "-m", "covidmtl_core.cli", *map(str, command)]
+        answer = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        said.append(answer.stdout + answer.stderr)
+    assert "2 scans ready" in said[1] and "p1" in said[1], said
+    assert not any(PLANTED in text for text in said)
+    assert not any(PLANTED.encode() in content for content in contents(target).values())
+    image = store.read(target / "scans" / "p0" / "volume.b2nd")
+    assert not image.GetMetaDataKeys()
