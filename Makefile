@@ -12,8 +12,8 @@ RADIOMICS_VERSION := 3.0.1
 .PHONY: book test notebooks phantoms clean
 
 book: $(READY)
-	@echo "Executing and rendering the book: about 22 minutes on 2 cores with the released data,"
-	@echo "6 minutes on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
+	@echo "Executing and rendering the book: about 12 minutes on 2 cores with the released data,"
+	@echo "4 minutes on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
 	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
 	  --profile book/profiles/local --config tier=$(TIER) $(if $(CHAPTER),chapter=$(CHAPTER))
 	@echo "The book is at _build/html/index.html"
