@@ -507,8 +507,9 @@ class _Run:
                 part.replace(self.folder / name)
             except (OSError, RuntimeError) as error:  # torch turns one into the other
                 part.unlink(missing_ok=True)
+                reason = getattr(error, "strerror", None) or "torch gives no reason"
                 raise DataError(
-                    f"{self.folder / name} cannot be written ({error}): is the disk full? The "
+                    f"{self.folder / name} cannot be written ({reason}): is the disk full? The "
                     "epoch before is kept; call again to go on."
                 ) from error
         self._write_history()

@@ -13,7 +13,7 @@ from covidmtl_core import book, claims
 BOOK = Path(__file__).resolve().parents[2] / "book"
 CHAPTERS = book.chapters(BOOK)
 PAGES = sorted([*BOOK.glob("*.md"), *BOOK.glob("*.ipynb")])
-QUOTED = re.compile(r"([\d.,]+(?:e-\d+)?)[ %]*<!-- (paper|released):([\w.]+) -->")
+QUOTED = re.compile(r"([\d.,]+(?:e-\d+)?)[ %]*<!-- (paper|released|recorded):([\w.,/ ]+?) -->")
 
 
 def cells(chapter: str) -> list[dict]:
@@ -87,7 +87,11 @@ def test_numbers_in_the_text_are_those_of_the_claims_file() -> None:
                 printed = known[claim_id]
                 value = float(number.replace(",", ""))
                 assert value == printed.value, f"{page.name}: {number} is not {printed.printed}"
-        marks = len(re.findall(r"<!-- (?:paper|released):", text_of(page)))
+            if source == "recorded":
+                name, _, key = claim_id.partition("/")
+                figure = (book.recorded(name) or {})[key]
+                assert float(number.replace(",", "")) == figure, f"{page.name}: {key} is {figure}"
+        marks = len(re.findall(r"<!-- (?:paper|released|recorded):", text_of(page)))
         assert marks == len(QUOTED.findall(text_of(page))), f"{page.name}: a mark without number"
     assert quoted >= 15
 

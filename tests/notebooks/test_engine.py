@@ -148,6 +148,15 @@ def test_one_failing_chapter_stops_no_other(tmp_path: Path, repository: Path) ->
     assert "scoreboard was not run" in said
 
 
+def test_a_folder_named_like_a_command_runs_nothing(tmp_path: Path, repository: Path) -> None:
+    folder = tmp_path / "a b; touch ran $(touch ran) `touch ran` & c"
+    folder.mkdir()
+    answer = snakemake(repository / "book", folder, "tier=phantom", "chapter=cohort")
+    assert answer.returncode == 0, answer.stdout + answer.stderr
+    assert (folder / "_build" / "html" / "cohort.html").is_file()
+    assert not list(tmp_path.rglob("ran")) and not Path("ran").exists()
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
