@@ -19,7 +19,7 @@ book: $(READY)
 	@echo "The book is at _build/html/index.html"
 
 test: $(READY)
-	@echo "Testing: about 14 minutes on 2 cores; the slowest part builds a book on phantoms."
+	@echo "Testing: about 10 minutes on 2 cores; the slowest part builds a book on phantoms."
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
