@@ -234,8 +234,11 @@ class Chapter:
                 "verdict": claims.verdict(claim, record) or "none (synthetic)",
             }
         table = pd.DataFrame(list(rows.values()), pd.MultiIndex.from_tuples(rows))
-        if len({model for model, _ in rows}) == 1:
+        models = {model for model, _ in rows}
+        if len(models) == 1:
             table = table.droplevel(0)
+        elif "" in models:
+            table.index = pd.Index([", ".join(filter(None, words)) for words in rows])
         return table.loc[:, (table != "").any()]
 
     def finish(self) -> Any:

@@ -1,12 +1,12 @@
 """The cohort of section 3: patients, labels, features, the split, and what is wrong with them."""
 
-import hashlib
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+import pooch
 from sklearn.model_selection import train_test_split
 
 from covidmtl_core import fetch, phantom_cohort
@@ -313,12 +313,12 @@ def _indexed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _preprocessed(data_root: Any) -> tuple[pd.DataFrame, pd.DataFrame]:
-    from covidmtl_core.store import load_preprocessed
+    from covidmtl_core.store import load_preprocessed, load_settings
 
     scans, features, _ = load_preprocessed(data_root)
+    load_settings(data_root)
     for name in ("scans.csv", "features.csv", "settings.json"):
-        path = Path(data_root) / name
-        fetch.USED[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+        fetch.USED[name] = pooch.file_hash(str(Path(data_root) / name), alg="sha256")
     return scans, features.loc[scans.index]
 
 

@@ -272,7 +272,7 @@ def volume_scans(data_root: str | Path) -> Scans:
                 "labels so."
             )
     _, features, volumes = store.load_preprocessed(data_root)
-    made = json.loads((Path(data_root) / "settings.json").read_text())
+    made = store.load_settings(data_root)
     return Scans(table[list(TASKS)], features, dict(volumes), *sides, "volumes", made)
 
 
@@ -382,7 +382,8 @@ class Study:
             raise ParameterError(f"networks are {names!r}; give a list: -y 'networks: [{names}]'.")
         names = list(names)
         for name in names:
-            self.config(name, 0), self._scans(name)
+            self.config(name, 0)
+            self._scans(name)
         predictions, histories, costs = {}, {}, {}
         for seed, name in product(seeds, names):
             if progress:

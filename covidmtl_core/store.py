@@ -6,6 +6,7 @@ keeps its own: a crop costs what it holds and not what the scan holds.
 
 import copy
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -162,6 +163,21 @@ def load_preprocessed(
     if scans.empty:
         raise DataError(f"no scan of {folder} is ready: see the reasons in scans.csv.")
     return scans, tables[1], {p: folder / "scans" / p for p in scans.index}
+
+
+def load_settings(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """How `covidmtl preprocess` made a folder: `spacing_mm`, `method`, version.
+
+    Raises:
+        DataError: The folder does not say.
+    """
+    path = Path(folder) / "settings.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        raise DataError(
+            f"{path} is missing or damaged: run `covidmtl preprocess` into {path.parent}."
+        ) from None
 
 
 class Patients(Dataset[dict[str, Any]]):

@@ -1,6 +1,5 @@
 """Are results still what this code, these packages and these data would give?"""
 
-import hashlib
 import json
 import subprocess
 from dataclasses import fields
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pooch
 
 from covidmtl_core import book, claims, fetch
 from covidmtl_core.errors import DataError
@@ -55,7 +55,7 @@ def _damage(path: Path, content: dict[str, Any]) -> list[str]:
         table = path.with_name(name)
         if not table.is_file():
             found.append(f"{name} is missing")
-        elif hashlib.sha256(table.read_bytes()).hexdigest() != digest:
+        elif pooch.file_hash(str(table), alg="sha256") != digest:
             found.append(f"{name} was changed")
     known, names = claims.load_claims(), {f.name for f in fields(claims.Record)}
     for row in content["claims"]:

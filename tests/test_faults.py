@@ -76,9 +76,8 @@ def test_preprocessing_ends_after_the_disk_was_full(disk: Disk, scans: Path, rea
 
 
 def test_training_goes_on_after_the_disk_was_full(disk: Disk, ready: Path, tmp_path: Path) -> None:
-    recipe = "epochs=2 tasks={ct: 2} use_volume=no use_features=yes batch_size=2"
-    words = [word for pair in recipe.replace(": ", ":").split() for word in ("--set", pair)]
-    words = [word.replace(":", ": ") for word in words]
+    recipe = ("epochs=2", "tasks={ct: 2}", "use_volume=no", "use_features=yes", "batch_size=2")
+    words = [word for setting in recipe for word in ("--set", setting)]
     said = covidmtl("train", ready, disk("size=64k"), *words, fails=True)
     assert "last.pt cannot be written" in said and "is the disk full?" in said
     covidmtl("train", ready, disk("size=50m"), *words)

@@ -139,3 +139,13 @@ def test_patients_that_cannot_be_used() -> None:
         Patients(LABELS.assign(ct=[0, 1, "yes"]), whole)
     with pytest.raises(ParameterError, match="volumes, features or both"):
         Patients(LABELS)
+
+
+def test_a_folder_that_does_not_say_how_it_was_made_is_named(tmp_path: Path) -> None:
+    for content in (None, "{", "[1]"):
+        if content:
+            (tmp_path / "settings.json").write_text(content)
+        with pytest.raises(DataError, match=r"settings\.json is missing or damaged"):
+            store.load_settings(tmp_path)
+    (tmp_path / "settings.json").write_text('{"spacing_mm": 1.0}')
+    assert store.load_settings(tmp_path) == {"spacing_mm": 1.0}
