@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from covidmtl_core import claims, fetch
-from covidmtl_core.errors import CovidMTLError
+from covidmtl_core.errors import CovidMTLError, ParameterError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The COVID-MTL book's tools.")
 claims_app = typer.Typer(no_args_is_help=True, help="The paper's numbers and the book's.")
@@ -76,12 +76,29 @@ def preprocess_command(
     spacing: Annotated[float, typer.Option(help="Size of the voxels in mm.")] = 1.0,
     method: Annotated[str, typer.Option(help="classical, released or refined.")] = "refined",
     jobs: Annotated[int | None, typer.Option(min=1, help="Scans worked on at once.")] = None,
+    part: Annotated[
+        str | None, typer.Option(help="K/N: only every Nth scan from the Kth; no tables.")
+    ] = None,
 ) -> None:
-    """Make scans ready: lungs, cropped volumes, features, quality pages."""
+    """Make scans ready: lungs, cropped volumes, features, quality pages.
+
+    Several machines share a folder by --part 1/N to N/N; a call without --part then ends the work.
+    """
     from covidmtl_core import preprocessing
 
-    scans = preprocessing.preprocess(source, target, spacing, method, jobs, progress=True)
+    which = None
+    if part is not None:
+        numbers = part.split("/")
+        if len(numbers) != 2 or not all(number.isdecimal() for number in numbers):
+            raise ParameterError(f"part is {part!r}; it must be like 2/8.")
+        which = (int(numbers[0]), int(numbers[1]))
+    scans = preprocessing.preprocess(
+        source, target, spacing, method, jobs, progress=True, part=which
+    )
     failed = scans.index[scans["state"] == "failed"]
+    if part is not None:
+        print(f"Part {part}: {len(scans) - len(failed)} scans ready, {len(failed)} failed.")
+        return
     print(f"{len(scans) - len(failed)} scans ready in {target}; look at {target / 'quality.html'}.")
     if len(failed):
         print(f"{len(failed)} failed, reasons in scans.csv: {', '.join(map(str, failed))}.")

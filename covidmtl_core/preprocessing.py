@@ -5,6 +5,9 @@ HU, `lungs.b2nd`, `scan.json`, `quality.png`), and for all of them `scans.csv`, 
 `quality.html`. A scan's folder appears whole or not at all, so that a run may be killed at any
 time; the next one does what is missing. A scan whose files were changed since is made again.
 Folders of patients who are no longer listed stay, but are in no table.
+
+Runs on several machines share the work as parts 1 of n to n of n, each with its own lock, and write
+no tables; a whole run thereafter does.
 """
 
 import hashlib
@@ -13,6 +16,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -39,6 +43,9 @@ MARGIN_MM = 10.0
 """Around the lungs, in the cropped volumes."""
 
 FILES = ("volume.b2nd", "lungs.b2nd", "quality.png", "scan.json")
+
+PATIENCE_S = 10
+"""How long a part waits for others to begin."""
 
 GIB_A_SCAN = 3.0
 """Memory that a scan at 1 mm takes while it is worked on."""
@@ -99,6 +106,7 @@ def preprocess(
     method: str = "refined",
     n_jobs: int | None = None,
     progress: bool = False,
+    part: tuple[int, int] | None = None,
 ) -> pd.DataFrame:
     """Make every scan of a folder ready; scans that are ready already are left as they are.
 
@@ -109,6 +117,7 @@ def preprocess(
         method: As for `segmentation.segment_lungs`.
         n_jobs: Scans worked on at once; None takes a core each, and 3 GiB of memory at 1 mm.
         progress: Whether a progress bar is shown.
+        part: (k, n) makes only every n-th scan ready, from the k-th, and writes no table.
 
     Returns:
         The table `scans.csv`: a line a patient with labels, split, `state` (ready or failed),
@@ -116,10 +125,13 @@ def preprocess(
 
     Raises:
         DataError: The labels cannot be used, or another run works on the target.
-        ParameterError: Spacing or method cannot be used or are not those of the target; or the
-            target holds something else, or the scans.
+        ParameterError: Spacing, method or part cannot be used; or spacing and method are not
+            those of the target; or the target holds something else, or the scans.
     """
     source, target = Path(source), Path(target)
+    k, n = part or (1, 1)
+    if not 1 <= k <= n:
+        raise ParameterError(f"part is {k}/{n}; it must be from 1/{n} to {n}/{n}.")
     if method not in METHODS:
         raise ParameterError(f"method is {method!r}; it must be one of {', '.join(METHODS)}.")
     if not (np.isfinite(spacing_mm) and 0.3 <= spacing_mm <= 10):
@@ -131,11 +143,17 @@ def preprocess(
         raise ParameterError(f"{which} lies in {target}: write to a folder without scans.")
     try:
         target.mkdir(parents=True, exist_ok=True)
-        with FileLock(target / ".lock", timeout=0):
-            _settle_settings(target, spacing_mm, method)
+        with _claimed(target, part, spacing_mm, method):
+            own = index.iloc[k - 1 :: n]
+            partial = target / ".partial" / (f"{k}-of-{n}" if part else "")
             jobs = n_jobs or _jobs(spacing_mm)
-            failures = dict(_work(index, source, target, spacing_mm, method, jobs, progress))
-            return _write_tables(index, target, failures)
+            work = _work(own, source, target, partial, spacing_mm, method, jobs, progress)
+            scans, features = _tables(own, target, dict(work))
+            if part is None:
+                for name, table in (("scans.csv", scans), ("features.csv", features)):
+                    write_atomically(target / name, table.to_csv(lineterminator="\n"))
+                write_atomically(target / "quality.html", quality.overview(scans))
+            return scans
     except Timeout:
         raise DataError(f"Another run is working on {target}: wait until it has ended.") from None
     except OSError as error:
@@ -153,6 +171,37 @@ def _jobs(spacing_mm: float) -> int:
     return max(1, min(cpu_count(), int(psutil.virtual_memory().available / 2**30 / need)))
 
 
+@contextmanager
+def _claimed(
+    target: Path, part: tuple[int, int] | None, spacing_mm: float, method: str
+) -> Iterator[None]:
+    """Alone on a target that has its settings; a part, alone but for the others of its division.
+
+    A whole run holds the target's lock and those of parts to its end, a part its own; it takes the
+    target's only to begin.
+    """
+    with ExitStack() as to_the_end:
+        with FileLock(target / ".lock", timeout=PATIENCE_S if part else 0):
+            others = [
+                path
+                for path in target.glob(".lock-*")
+                if part is None or not path.name.endswith(f"-of-{part[1]}")
+            ]
+            with ExitStack() as locks:
+                for path in others:
+                    locks.enter_context(FileLock(path, timeout=0))
+                _settle_settings(target, spacing_mm, method)
+                if part is None:
+                    yield
+            for path in others:
+                path.unlink()
+            if part is None:
+                return
+            own = target / f".lock-{part[0]}-of-{part[1]}"
+            to_the_end.enter_context(FileLock(own, timeout=0))
+        yield
+
+
 def _settle_settings(target: Path, spacing_mm: float, method: str) -> None:
     """Write the settings; or refuse if the target was made with others."""
     settings = {
@@ -162,7 +211,7 @@ def _settle_settings(target: Path, spacing_mm: float, method: str) -> None:
     }
     path = target / "settings.json"
     if not path.exists():
-        if any(entry.name != ".lock" for entry in target.iterdir()):
+        if any(not entry.name.startswith(".lock") for entry in target.iterdir()):
             raise ParameterError(f"{target} holds other things: name an empty or a new folder.")
         write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
@@ -179,17 +228,21 @@ def _work(
     index: pd.DataFrame,
     source: Path,
     target: Path,
+    partial: Path,
     spacing_mm: float,
     method: str,
     jobs: int,
     progress: bool,
 ) -> Iterator[tuple[str, str]]:
-    """Make the missing scans ready; patient and reason of each failure."""
+    """Make the missing scans ready; patient and reason of each failure.
+
+    `partial` is emptied of what a run that was killed left there.
+    """
     from tqdm.auto import tqdm
 
-    partial, ready = target / ".partial" / uuid.uuid4().hex, target / "scans"
-    shutil.rmtree(partial.parent, ignore_errors=True)
-    for folder in (partial, ready):
+    shutil.rmtree(partial, ignore_errors=True)
+    within, ready = partial / uuid.uuid4().hex, target / "scans"
+    for folder in (within, ready):
         folder.mkdir(parents=True, exist_ok=True)
     missing = []
     for patient_id, path in index["path"].items():
@@ -197,7 +250,7 @@ def _work(
         if not _is_whole(ready / str(patient_id), origin):
             missing.append((str(patient_id), path, origin))
     work = Parallel(n_jobs=max(1, min(jobs, len(missing))), return_as="generator_unordered")(
-        delayed(_try_scan)(partial, *scan, spacing_mm, method) for scan in missing
+        delayed(_try_scan)(within, *scan, spacing_mm, method) for scan in missing
     )
     bar = tqdm(
         work,
@@ -211,15 +264,15 @@ def _work(
         for patient_id, reason in bar:
             # Only here, under the lock, does a scan's folder appear or go.
             if (ready / patient_id).exists():
-                (ready / patient_id).replace(partial / f"old-{patient_id}")
+                (ready / patient_id).replace(within / f"old-{patient_id}")
             if not reason:
-                (partial / patient_id).replace(ready / patient_id)
+                (within / patient_id).replace(ready / patient_id)
                 continue
             reason = reason.replace(f"{source}{os.sep}", "")
             if progress:
                 bar.write(f"patient {patient_id} failed: {reason}")
             yield patient_id, reason
-    shutil.rmtree(partial.parent, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 def _fingerprint(path: str) -> str:
@@ -273,7 +326,10 @@ def _try_scan(
     return patient_id, ""
 
 
-def _write_tables(index: pd.DataFrame, target: Path, failures: dict[str, str]) -> pd.DataFrame:
+def _tables(
+    index: pd.DataFrame, target: Path, failures: dict[str, str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Of all scans, and of the features of those that are ready."""
     rows, features = [], {}
     for patient_id in index.index:
         row = {"state": "failed", "reason": failures.get(str(patient_id), "")}
@@ -284,9 +340,6 @@ def _write_tables(index: pd.DataFrame, target: Path, failures: dict[str, str]) -
             del record["fingerprint"]
             row = {"state": "ready", "reason": "", **record}
         rows.append(row)
-    scans = index.drop(columns="path").join(pd.DataFrame(rows, index=index.index)).convert_dtypes()
-    table = pd.DataFrame.from_dict(features, orient="index").rename_axis("patient_id")
-    for name, written in (("scans.csv", scans), ("features.csv", table)):
-        write_atomically(target / name, written.to_csv(lineterminator="\n"))
-    write_atomically(target / "quality.html", quality.overview(scans))
-    return scans
+    states = pd.DataFrame(rows or {"state": [], "reason": []}, index=index.index)
+    scans = index.drop(columns="path").join(states).convert_dtypes()
+    return scans, pd.DataFrame.from_dict(features, orient="index").rename_axis("patient_id")

@@ -131,6 +131,48 @@ def _ready(target: Path) -> int:
     return len(list((target / "scans").glob("*")))
 
 
+def test_parts_at_once_make_the_folder_of_one_run(source: Path, done: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    command = [sys.executable, "-m", "covidmtl_core.cli", "preprocess", str(source), str(target)]
+    command += ["--spacing", str(SPACING), "--jobs", "1", "--part"]
+
+    def start(part: str) -> subprocess.Popen:  # type: ignore[type-arg]
+        return subprocess.Popen([*command, part], start_new_session=True, stdout=subprocess.PIPE)
+
+    runs = [start(part) for part in ("1/3", "2/3", "3/3")]
+    deadline = time.monotonic() + 60
+    while not all((target / ".partial" / f"{k}-of-3").is_dir() for k in (1, 2, 3)):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(runs[0].pid, signal.SIGKILL)
+    for run in runs[1:]:
+        os.killpg(run.pid, signal.SIGSTOP)
+    for another in (None, (2, 2), (3, 3)):
+        with pytest.raises(DataError, match="Another run"):
+            preprocess(source, target, SPACING, part=another)
+    for run in runs[1:]:
+        os.killpg(run.pid, signal.SIGCONT)
+    said = [run.communicate(timeout=120)[0].decode() for run in runs]
+    assert "Part 2/3: 2 scans ready, 0 failed." in said[1]
+    assert "Part 3/3: 1 scans ready, 1 failed." in said[2]
+    assert not (target / "scans.csv").exists() and _ready(target) < 5
+    assert start("1/3").wait(120) == 0 and _ready(target) == 5
+    before = (target / "scans" / "p0" / "scan.json").stat().st_mtime_ns
+    preprocess(source, target, SPACING)
+    assert (target / "scans" / "p0" / "scan.json").stat().st_mtime_ns == before
+    assert contents(target) == contents(done)
+    assert len(preprocess(source, target, SPACING, part=(9, 9))) == 0
+
+
+@pytest.mark.parametrize("part", ["0/3", "4/3", "1", "1/0", "a/b", "-1/3"])
+def test_an_impossible_part_is_refused(part: str, source: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "covidmtl_core.cli", "preprocess", source, tmp_path / "t"]
+    answer = subprocess.run([*words, f"--part={part}"], capture_output=True, text=True)
+    assert answer.returncode == 1
+    assert f"part is {part}; it must be" in answer.stderr.replace("'", "")
+    assert not (tmp_path / "t").exists()
+
+
 def test_a_scan_that_cannot_be_drawn_fails_alone(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
