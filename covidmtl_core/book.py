@@ -117,13 +117,20 @@ def upstream_table(tier: str, chapter: str, name: str, **parameters: Any) -> pd.
 def upstream_records(tier: str, chapters: Iterable[str]) -> dict[str, claims.Record]:
     """What other chapters measured on real data; nothing in the phantom tier.
 
+    In tier `volumes` a chapter that was not run on the reader's scans counts as it was run on the
+    released tables, if it was.
+
     Raises:
         DataError: A chapter was not run in this tier.
     """
     records: dict[str, claims.Record] = {}
     for name in chapters if tier != "phantom" else ():
         path = results_folder(tier, name) / "claims.json"
-        if not path.is_file():
+        if tier == "volumes" and not path.is_file():
+            path = results_folder("released", name) / "claims.json"
+            if not path.is_file():
+                continue
+        elif not path.is_file():
             raise DataError(
                 f"The results of the chapter {name} are missing: run book/{name}.ipynb with "
                 f"tier {tier!r} first (or `make book`)."
@@ -205,6 +212,18 @@ class Chapter:
         record = claims.Record(claim_id, self.tier, float(value), **fields)
         claims.check_record(record)
         self.records[claim_id] = record
+
+    def record_seeds(self, claim_id: str, values: "pd.Series[float]", **fields: Any) -> None:
+        """Note the mean over training seeds; if there are several, with its central 95 %.
+
+        Args:
+            claim_id: As for `record`.
+            values: One a seed.
+            **fields: As for `record`.
+        """
+        if len(values) > 1:
+            fields |= {"low": values.quantile(0.025), "high": values.quantile(0.975)}
+        self.record(claim_id, values.mean(), seeds=len(values), **fields)
 
     def save_table(self, name: str, table: pd.DataFrame) -> None:
         """Keep a tidy table as `NAME.csv` among the chapter's results."""
@@ -436,34 +455,37 @@ def _fold_default_parameters(cells: list[dict[str, Any]]) -> None:
             default.append("hide-input")
 
 
-def failures(runs: Path, upstream: dict[str, list[str]]) -> list[str]:
-    """One line for each chapter that did not finish: what happened and where to look.
+def failures(runs: Path, steps: dict[str, list[str]]) -> list[str]:
+    """One line for each step that did not finish: what happened and where to look.
 
     Args:
-        runs: The folder with the executed notebooks of one tier.
-        upstream: The wanted chapters, each after those it builds on, and what it builds on.
+        runs: The folder with the executed notebooks of one tier, and the logs of all steps.
+        steps: Chapters and what comes before them, each after those it builds on; and those.
     """
     lines: list[str] = []
     unfinished: set[str] = set()
-    for name, needed in upstream.items():
-        notebook = runs / f"{name}.ipynb"
+    for name, needed in steps.items():
+        notebook, log = runs / f"{name}.ipynb", runs / f"{name}.log"
         if unfinished & set(needed):
-            lines.append(f"{name} was not run, because a chapter it builds on failed")
+            lines.append(f"{name} was not run, because something it builds on failed")
         elif not (runs / f"{name}.done").is_file():
-            log = notebook.with_suffix(".log")
-            lines.append(f"{name} failed{_error_in(notebook)}: see {notebook} and {log}")
+            looked_at = [
+                str(path) for path in (notebook, log) if path != notebook or path.is_file()
+            ]
+            lines.append(f"{name} failed{_error_in(notebook, log)}: see {' and '.join(looked_at)}")
         else:
             continue
         unfinished.add(name)
     return lines
 
 
-def _error_in(notebook: Path) -> str:
-    """The error that ended an executed notebook, in brackets; empty if there is none to be read."""
+def _error_in(notebook: Path, log: Path) -> str:
+    """The error that ended an executed notebook, in brackets; else the last line of its log."""
     try:
         cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        outputs = (output for cell in cells for output in cell.get("outputs", ()))
+        errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
     except (OSError, ValueError, KeyError):
-        return ""
-    outputs = (output for cell in cells for output in cell.get("outputs", ()))
-    errors = [f" ({o['ename']}: {o['evalue']})" for o in outputs if o["output_type"] == "error"]
-    return errors[-1] if errors else ""
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        errors = [line for line in text.splitlines() if line.strip()]
+    return f" ({errors[-1]})" if errors else ""

@@ -125,6 +125,30 @@ def train_command(
     runs.train(source, target, recipe.TrainConfig.from_texts(settings or []), device)
 
 
+@app.command("experiment")
+def experiment_command(
+    name: Annotated[str, typer.Argument(help="Of the book's experiments: covid_mtl, transfer …")],
+    source: Annotated[Path, typer.Argument(help="Folder that `covidmtl preprocess` made.")],
+    seed: Annotated[int, typer.Option(help="Training seed; the authors' is 11.")] = 11,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="name=value of recipe.TrainConfig, as often as needed."),
+    ] = None,
+    classical: Annotated[
+        Path | None, typer.Option(help="The same patients, made with --method classical.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; none: what is there.")] = None,
+) -> None:
+    """Train one of the book's networks ahead of its chapters, which read it among the results."""
+    from covidmtl_core import book, experiments, recipe
+
+    values = recipe.TrainConfig.values_from(settings or [])
+    epochs = book.SIZES["n_epochs"]["volumes"]
+    study = experiments.study("volumes", 0, epochs, source, classical, values, device)
+    trained = study.train(name, seed)
+    print(f"{name}, seed {seed}: {trained.folder}")
+
+
 @app.command("predict")
 def predict_command(
     checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a training.")],

@@ -96,6 +96,35 @@ def _catalogue() -> dict[str, dict[str, Any]]:
 CATALOGUE = _catalogue()
 """Name to what it changes of `recipe.TrainConfig`. Those ending in `classical` change the lungs."""
 
+_SHOWN = {
+    "diagnosis": (
+        *(f"{model}.{task}" for model in SINGLE_TASK for task in ("ct", "nat")),
+        "covid_mtl",
+        "covid_mtl.features",
+    ),
+    "severity": (
+        *(f"{model}.severity" for model in SINGLE_TASK),
+        "covid_mtl",
+        "covid_mtl.features",
+        "transfer",
+        "transfer.noshift",
+    ),
+    "ablations": tuple(name for name in CATALOGUE if "features_only" not in name),
+    "case_study": ("covid_mtl",),
+}
+
+
+def of_chapter(chapter: str, classical: bool = True) -> list[str]:
+    """Networks on volumes that a chapter shows; it trains all where it has a reader's scans.
+
+    Args:
+        chapter: Its name; one that trains none has none.
+        classical: Are there lungs of the classical method?
+    """
+    names = _SHOWN.get(chapter, ())
+    return [name for name in names if classical or not name.endswith(".classical")]
+
+
 _WORDS = {
     "resnet3d34": "ResNet3D-34",
     "squeezenet3d": "SqueezeNet3D",

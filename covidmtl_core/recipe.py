@@ -235,6 +235,11 @@ class TrainConfig:
 
     @classmethod
     def from_texts(cls, texts: Sequence[str]) -> "TrainConfig":
+        """From texts as for `values_from`."""
+        return cls(**cls.values_from(texts))
+
+    @classmethod
+    def values_from(cls, texts: Sequence[str]) -> dict[str, Any]:
         """From `name=value`, the value in YAML: `epochs=2`, `crop=[100, 124, 124]`, `shift=no`.
 
         Raises:
@@ -256,7 +261,7 @@ class TrainConfig:
                     values[name] = chosen and Augmentation(**chosen)
             except (yaml.YAMLError, TypeError):
                 raise ParameterError(f"{text!r} has a value that cannot be understood.") from None
-        return cls(**values)
+        return values
 
     @classmethod
     def from_saved(cls, saved: dict[str, Any]) -> "TrainConfig":
