@@ -308,7 +308,9 @@ def volume_scans(data_root: str | Path) -> Scans:
 def _made(
     patient_of: Callable[[int], phantom.Patient], ids: pd.Index, lungs: str, mm: float, prefix: str
 ) -> dict[Any, Path]:
-    sources = [Path(str(module.__file__)) for module in (phantom, phantom_cohort, segmentation)]
+    sources = [
+        Path(str(module.__file__)) for module in (phantom, phantom_cohort, segmentation, store)
+    ]
     code = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:8]
     root = book.results_root() / "phantoms" / f"{mm:g}mm-{lungs}-{code}"
     root.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,9 @@ from covidmtl_core.errors import DataError, DownloadError, ParameterError
 CACHE_VARIABLE = "COVIDMTL_CACHE"
 MIRROR_VARIABLE = "COVIDMTL_DATA_MIRROR"
 
+TIMEOUT_S = 30
+"""How long a server may be silent."""
+
 USED: dict[str, str] = {}
 """The files this process asked for, with their checksums: a result's provenance."""
 
@@ -182,7 +185,7 @@ def _bring(entry: RegistryEntry, target: Path, progressbar: bool) -> None:
                 if mirrored:
                     shutil.copyfile(Path(source) / entry.file, part)
                 else:
-                    pooch.HTTPDownloader(progressbar=progressbar, timeout=30)(
+                    pooch.HTTPDownloader(progressbar=progressbar, timeout=TIMEOUT_S)(
                         source, str(part), None
                     )
             except requests.RequestException as error:

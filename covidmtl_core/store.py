@@ -1,7 +1,8 @@
 """Preprocessed volumes on disk, of which a part can be read alone, and the patients to train on.
 
 A volume is one file of Blosc2's n-dimensional format, lossless, in compressed blocks, as nnU-Net
-keeps its own: a crop costs what it holds and not what the scan holds.
+keeps its own: a crop costs what it holds and not what the scan holds. Blosc2 reads most changed
+bits as other voxels without a word, so each chunk has a checksum and is compared with it when read.
 """
 
 import copy
@@ -11,6 +12,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import numpy as np
 import pandas as pd
@@ -27,6 +29,8 @@ CHUNKS, BLOCKS = (32, 128, 128), (16, 64, 64)
 
 OFFSET, CAP = 1024, 2000
 """What is added to HU, and where the sum is cut off (the authors' code)."""
+
+_AGAIN = "delete its folder and preprocess the scan again."
 
 Volume = Path | NDArray[np.int16]
 """A folder with `volume.b2nd` and `lungs.b2nd`, or (D, H, W) HU that is -1024 outside the lungs."""
@@ -47,6 +51,9 @@ def write(image: sitk.Image, path: Path) -> None:
     settings["filters"] = [blosc2.Filter.SHUFFLE if values.itemsize > 1 else blosc2.Filter.NOFILTER]
     settings["nthreads"] = 1  # more would write the blocks in any order
     array = blosc2.asarray(values, chunks=parts[0], blocks=parts[1], cparams=settings)
+    written = blosc2.ndarray_from_cframe(array.to_cframe())  # a chunk of zeros is another in memory
+    chunks = [written.schunk.get_chunk(k) for k in range(written.schunk.nchunks)]
+    array.schunk.vlmeta["crc32"] = [crc32(chunk) for chunk in chunks]
     array.schunk.vlmeta["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
     for name in ("Spacing", "Origin", "Direction"):
         array.schunk.vlmeta[name] = list(getattr(image, f"Get{name}")())
@@ -60,10 +67,10 @@ def read(path: Path) -> sitk.Image:
         DataError: The file is missing or damaged.
     """
     array = _open(path)
-    values = _part(array, path, (slice(None),) * 3)
+    values = _part(array, path, tuple(slice(0, n) for n in array.shape))
     meta = array.schunk.vlmeta
     if hashlib.sha256(values.tobytes()).hexdigest() != meta["sha256"]:
-        raise DataError(f"{path} is damaged inside: preprocess the scan again.")
+        raise DataError(f"{path} is damaged inside: {_AGAIN}")
     image = sitk.GetImageFromArray(values)
     for name in ("Spacing", "Origin", "Direction"):
         getattr(image, f"Set{name}")(meta[name])
@@ -95,7 +102,7 @@ def read_crop(volume: Volume, start: Sequence[int], size: Sequence[int]) -> NDAr
         mask = volume / "lungs.b2nd"
         masks = _open(mask)
         if masks.shape != whole.shape:
-            raise DataError(f"{mask} has another size than its volume: preprocess the scan again.")
+            raise DataError(f"{mask} has another size than its volume: {_AGAIN}")
         values, lungs = _part(whole, volume / "volume.b2nd", box), _part(masks, mask, box)
     else:
         values = whole[box]
@@ -121,20 +128,26 @@ def _open(path: Path) -> Any:
     try:
         # One thread: the workers that load batches are many, and are forked.
         array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
-        if array.ndim != 3 or "sha256" not in array.schunk.vlmeta:
+        if array.ndim != 3 or "crc32" not in array.schunk.vlmeta:
             raise ValueError
         return array
     except FileNotFoundError:
         raise DataError(f"{path} is missing: run `covidmtl preprocess` again.") from None
     except Exception as error:  # blosc2 raises anything on a damaged file
-        raise DataError(f"{path} is damaged or of another kind: preprocess it again.") from error
+        raise DataError(f"{path} is damaged or of another kind: {_AGAIN}") from error
 
 
 def _part(array: Any, path: Path, box: tuple[slice, ...]) -> NDArray[Any]:
+    import blosc2
+
     try:
+        sums = array.schunk.vlmeta["crc32"]
+        for k in blosc2.get_slice_nchunks(array, box):
+            if crc32(array.schunk.get_chunk(int(k))) != sums[k]:
+                raise ValueError(f"chunk {k} is not what was written")
         return array[box]
     except Exception as error:
-        raise DataError(f"{path} is damaged inside: preprocess the scan again.") from error
+        raise DataError(f"{path} is damaged inside: {_AGAIN}") from error
 
 
 def load_preprocessed(

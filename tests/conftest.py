@@ -1,6 +1,8 @@
 """Shared fixtures: the released tables where they can be had, a cache of one's own where not."""
 
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -44,3 +46,20 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(fetch.CACHE_VARIABLE, str(folder))
     monkeypatch.delenv(fetch.MIRROR_VARIABLE, raising=False)
     return folder
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a disk with such options of tmpfs, or changes it; needs the rights to."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mount(options: str) -> Path:
+        again = ["-o", f"remount,{options}"] if os.path.ismount(place) else ["-o", options]
+        answer = subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(place)])
+        if answer.returncode:
+            pytest.skip("mounting a small disk needs root")
+        return place
+
+    yield mount
+    subprocess.run(["umount", str(place)], stderr=subprocess.DEVNULL)

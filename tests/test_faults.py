@@ -1,9 +1,15 @@
-"""A disk that is full or read-only, for real: one sentence, nothing lost, and the next run ends."""
+"""A disk that is full or read-only, a download killed: nothing is lost, and the next run ends."""
 
+import hashlib
 import os
+import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pandas as pd
@@ -17,23 +23,6 @@ pytestmark = pytest.mark.slow
 
 SIZE, SPACING = (57, 65, 65), 6.0
 Disk = Callable[..., Path]
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
-    """Mounts a disk of so many kB, or changes it; needs the rights to."""
-    place = tmp_path / "disk"
-    place.mkdir()
-
-    def mount(options: str) -> Path:
-        again = ["-o", f"remount,{options}"] if os.path.ismount(place) else ["-o", options]
-        answer = subprocess.run(["mount", "-t", "tmpfs", *again, "tmpfs", str(place)])
-        if answer.returncode:
-            pytest.skip("mounting a small disk needs root")
-        return place
-
-    yield mount
-    subprocess.run(["umount", str(place)], stderr=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +100,61 @@ def test_a_full_cache_keeps_no_part_of_a_file(
     disk("size=5m")
     covidmtl("fetch", "patients")
     assert contents(disk("size=5m")) == {source.name: source.read_bytes()}
+
+
+CONTENT = bytes(range(256)) * 400
+
+
+class Slow(BaseHTTPRequestHandler):
+    """Gives the file in pieces, for about a second."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(CONTENT)))
+        self.end_headers()
+        try:
+            for k in range(0, len(CONTENT), 4096):
+                self.wfile.write(CONTENT[k : k + 4096])
+                self.wfile.flush()
+                time.sleep(0.04)
+        except OSError:  # who asked is dead
+            return
+
+    def log_message(self, *arguments: object) -> None:
+        pass
+
+
+FETCHING = """
+from covidmtl_core import fetch
+entry = fetch.RegistryEntry(
+    "table", "table.bin", ("http://127.0.0.1:{port}/",), "none", "none", "a test",
+    bytes={size}, sha256="{sha256}",
+)
+fetch.registry = lambda: dict(table=entry)
+print("begins", flush=True)
+fetch.fetch("table")
+"""
+
+
+def test_a_download_killed_at_random_points_ends_with_the_file(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    draw = random.Random(5)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        facts = {"size": len(CONTENT), "sha256": hashlib.sha256(CONTENT).hexdigest()}
+        program = FETCHING.format(port=http.server_port, **facts)
+        for kill in (True,) * 6 + (False,):
+            run = subprocess.Popen(
+                [sys.executable, "-c", program],
+                env=os.environ | {fetch.CACHE_VARIABLE: str(cache)},
+                stdout=subprocess.PIPE,
+            )
+            assert run.stdout and run.stdout.readline() == b"begins\n"
+            if kill:
+                time.sleep(draw.uniform(0, 0.9))
+                run.send_signal(signal.SIGKILL)
+            run.communicate(timeout=60)
+            assert (run.returncode == 0) != kill
+            assert (cache / "table.bin").exists() != kill, "no part of a file has its name"
+        http.shutdown()
+    assert (cache / "table.bin").read_bytes() == CONTENT

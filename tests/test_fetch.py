@@ -2,6 +2,7 @@ import hashlib
 import os
 import pickle
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 
 from covidmtl_core import fetch
-from covidmtl_core.errors import DataError, ParameterError
+from covidmtl_core.errors import DataError, DownloadError, ParameterError
 
 CONTENT = b"a table of patients" * 1000
 ENTRY = fetch.RegistryEntry(
@@ -28,6 +29,8 @@ ENTRY = fetch.RegistryEntry(
 
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
+        if self.path == "/silent":
+            time.sleep(5)
         body = {"/good": CONTENT, "/wrong": CONTENT[::-1], "/short": CONTENT}.get(self.path)
         if body is None:
             self.send_error(404)
@@ -147,6 +150,16 @@ def test_mirror_must_be_a_folder(register, empty_cache, monkeypatch) -> None:  #
     monkeypatch.setenv(fetch.MIRROR_VARIABLE, "/no/such/folder")
     with pytest.raises(DataError, match="not a folder"):
         fetch.fetch("table")
+
+
+def test_a_silent_server_is_given_up(server, register, empty_cache, monkeypatch) -> None:  # type: ignore[no-untyped-def]
+    assert fetch.TIMEOUT_S <= 60
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.5)
+    register(urls=(f"{server}/silent",))
+    begun = time.monotonic()
+    with pytest.raises(DownloadError, match="Timeout"):
+        fetch.fetch("table")
+    assert time.monotonic() - begun < 4
 
 
 def test_git_blob_id_is_what_git_computes(register, empty_cache, tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -192,6 +192,33 @@ def test_a_damaged_volume_is_named_from_a_worker_too(tmp_path: Path) -> None:
             fit(config, patients, tmp_path / "runs", progress=False)
 
 
+def test_a_bit_that_flips_on_the_disk_stops_a_training_that_then_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = preprocessed(tmp_path, cohort(6))
+    scans, _, volumes = store.load_preprocessed(source)
+    patients = Patients(scans[["ct", "severity"]], volumes=volumes)
+    config = replace(SMALL, use_features=False, workers=0, crop=(40, 40, 40))
+    alone = fit(config, patients, tmp_path / "alone", progress=False)
+    path = volumes["p3"] / "volume.b2nd"
+    whole, keep = path.read_bytes(), training._Run._keep
+    flipped = bytearray(whole)
+    flipped[len(whole) // 3] ^= 4
+
+    def keep_and_flip(run: training._Run, row: dict) -> None:  # type: ignore[type-arg]
+        keep(run, row)
+        path.write_bytes(flipped)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training._Run, "_keep", keep_and_flip)
+        with pytest.raises(DataError, match=r"p3/volume\.b2nd is damaged inside"):
+            fit(config, patients, tmp_path / "runs", progress=False)
+    path.write_bytes(whole)
+    ended = fit(config, patients, tmp_path / "runs", progress=False)
+    assert numbers(ended.history) == numbers(alone.history)
+    pd.testing.assert_frame_equal(predict(ended, patients), predict(alone, patients))
+
+
 def test_another_seed_or_data_is_another_training(tmp_path: Path) -> None:
     quick = replace(SMALL, use_volume=False, epochs=1)
     folders = {
