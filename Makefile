@@ -1,8 +1,11 @@
-# make book [TIER=auto|phantom|released] [CHAPTER=name] [TORCH=cpu|cuda]   make test   make clean
+# make book [TIER=auto|phantom|released] [CHAPTER=name] [CONFIG=file] [PROFILE=local|slurm] [TORCH=cpu|cuda]
+# make test   make clean
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TIER ?= auto
 TORCH ?= cpu
+PROFILE ?= local
+SET = $(strip $(if $(CONFIG),,tier=$(TIER)) $(if $(CHAPTER),chapter=$(CHAPTER)))
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/ready-$(TORCH)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
@@ -12,10 +15,10 @@ RADIOMICS_VERSION := 3.0.1
 .PHONY: book test notebooks phantoms clean
 
 book: $(READY)
-	@echo "Executing and rendering the book: about 12 minutes on 2 cores with the released data,"
-	@echo "4 minutes on phantoms, seconds if nothing changed; 30 MB in _build, _runs and results."
+	@echo "Executing and rendering the book. Without CONFIG: about 12 minutes on 2 cores with the released"
+	@echo "data, 4 minutes on phantoms, seconds if nothing changed; 50 MB in _build, _runs and results."
 	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
-	  --profile book/profiles/local --config tier=$(TIER) $(if $(CHAPTER),chapter=$(CHAPTER))
+	  --profile book/profiles/$(PROFILE) $(if $(CONFIG),--configfile $(CONFIG)) $(if $(SET),--config $(SET))
 	@echo "The book is at _build/html/index.html"
 
 test: $(READY)

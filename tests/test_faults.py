@@ -45,7 +45,7 @@ def ready(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def covidmtl(*words: object, fails: bool = False) -> str:
     command = [sys.executable, "-m", "covidmtl_core.cli", *map(str, words)]
-    answer = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=60 if fails else 300)
     assert bool(answer.returncode) == fails, answer.stdout + answer.stderr
     assert "Traceback" not in answer.stdout + answer.stderr, answer.stderr
     return answer.stderr

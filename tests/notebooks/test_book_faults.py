@@ -45,7 +45,7 @@ def test_killed_and_out_of_room_it_ends_as_if_nothing_had_been(
 ) -> None:
     source = repository / "book"
     place = disk("size=1m")
-    full = snakemake(source, place, *WANTED)
+    full = snakemake(source, place, *WANTED, timeout=60)
     said = full.stdout + full.stderr
     assert full.returncode != 0 and "less than 50 MB left" in said and "Traceback" not in said
     disk("size=100m")
@@ -64,7 +64,7 @@ def test_killed_and_out_of_room_it_ends_as_if_nothing_had_been(
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1 << 16))
-    said, _ = run.communicate(timeout=120)
+    said, _ = run.communicate(timeout=60)
     assert run.returncode != 0 and "Traceback" not in said
     assert "No space left" in said, said
     filler.unlink()

@@ -43,13 +43,15 @@ def command(source: Path, folder: Path, *config: str) -> list[str]:
     ]
 
 
-def snakemake(source: Path, folder: Path, *config: str) -> subprocess.CompletedProcess:
+def snakemake(
+    source: Path, folder: Path, *config: str, timeout: float = 600
+) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(source, folder, *config),
         capture_output=True,
         text=True,
         env=environment(folder),
-        timeout=600,
+        timeout=timeout,
     )
 
 
@@ -166,7 +168,7 @@ def test_a_folder_named_like_a_command_runs_nothing(tmp_path: Path, repository: 
     ],
 )
 def test_a_wrong_option_is_one_sentence(tmp_path, repository, config: str, message: str) -> None:  # type: ignore[no-untyped-def]
-    answer = snakemake(repository / "book", tmp_path, config)
+    answer = snakemake(repository / "book", tmp_path, config, timeout=60)
     assert answer.returncode != 0 and message in answer.stdout + answer.stderr
     assert "Traceback" not in answer.stdout + answer.stderr
 

@@ -204,7 +204,7 @@ def test_a_cluster_is_not_given_a_name_that_is_a_command(
         more = ("--config", "chapter=diagnosis", config)
         place = tmp_path / "out"
         run = workflow(repository, dicom, place, *more, profile="slurm", first=tmp_path / "bin")
-        text, _ = run.communicate(timeout=120)
+        text, _ = run.communicate(timeout=60)
         assert run.returncode != 0 and "On a cluster" in text and "Traceback" not in text, text
     assert not (tmp_path / "sbatch").exists() and not list(tmp_path.rglob("ran"))
 
@@ -238,7 +238,7 @@ def test_a_wrong_option_of_the_chain_is_one_sentence(
     config: str, message: str, repository: Path, dicom: Path, tmp_path: Path
 ) -> None:
     run = workflow(repository, dicom, tmp_path, "--dry-run", "--config", config)
-    text, _ = run.communicate(timeout=120)
+    text, _ = run.communicate(timeout=60)
     assert run.returncode != 0 and message in text and "Traceback" not in text
 
 
