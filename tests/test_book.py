@@ -1,9 +1,12 @@
 import json
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
-from covidmtl_core import book, fetch
+from covidmtl_core import book, claims, fetch
+from covidmtl_core.claims import Record
 from covidmtl_core.errors import ClaimError, DataError, DownloadError, ParameterError
 
 
@@ -70,6 +73,37 @@ def test_missing_upstream_results_name_their_chapter(results: Path) -> None:
     with pytest.raises(DataError, match=r"diagnosis\.ipynb"):
         book.upstream_records("released", ["diagnosis"])
     assert book.upstream_records("phantom", ["diagnosis"]) == {}
+
+
+def test_on_volumes_what_was_not_run_on_scans_counts_as_on_the_tables(results: Path) -> None:
+    for tier, chapter, claim, value in (
+        ("released", "cohort", "cohort.studies", 1329),
+        ("released", "diagnosis", "table3.rf.ct.accuracy", 1),
+        ("volumes", "diagnosis", "table3.rf.ct.accuracy", 2),
+    ):
+        record = Record(claim, tier, value)
+        claims.save_records(results / tier / chapter / "claims.json", [record], {})
+    found = book.upstream_records("volumes", ["cohort", "diagnosis", "severity"])
+    assert {name: (r.data, r.value) for name, r in found.items()} == {
+        "cohort.studies": ("released", 1329),
+        "table3.rf.ct.accuracy": ("volumes", 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("n", "verdict"), [(1, claims.TOO_FEW), (9, claims.TOO_FEW), (10, claims.AGREES)]
+)
+def test_seeds_are_recorded_with_their_spread(results: Path, n: int, verdict: str) -> None:
+    chapter = book.start("diagnosis", tier="released")
+    claim = claims.load_claims()["table3.covidmtl.ct.accuracy"]
+    values = pd.Series([claim.value + 0.3 + k - n // 2 for k in range(n)])
+    chapter.record_seeds(claim.id, values, correct=1.0)
+    record = chapter.records[claim.id]
+    assert record.seeds == n and record.value == pytest.approx(values.mean())
+    assert (record.low is None) == (n == 1) and record.correct == 1
+    if n > 1:
+        assert (record.low, record.high) == tuple(np.quantile(values, [0.025, 0.975]))
+    assert claims.verdict(claim, record) == verdict
 
 
 def test_auto_is_phantom_without_data(empty_cache, monkeypatch) -> None:  # type: ignore[no-untyped-def]

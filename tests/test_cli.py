@@ -43,6 +43,8 @@ def test_fetch_brings_one_file(fetched: Path, empty_cache: Path, monkeypatch) ->
         (["fetch", "segmented-volumes"], "closed"),
         (["claims", "diff", "/no/such/a", "/no/such/b"], "/no/such/a"),
         (["preprocess", "/no/such/folder", "/no/such/target"], "/no/such/folder"),
+        (["experiment", "covid_mtl", "/no/such/folder"], "/no/such/folder"),
+        (["experiment", "covid_mtl", "/no/such/folder", "--set", "epoch=1"], "'epoch=1'"),
     ],
 )
 def test_a_mistake_is_one_message_without_traceback(empty_cache, arguments, message: str) -> None:  # type: ignore[no-untyped-def]
