@@ -145,15 +145,17 @@ def load_claims() -> dict[str, Claim]:
         ClaimError: The file breaks a rule: the message names the claim.
     """
     claims: dict[str, Claim] = {}
-    for row in load_manifest("paper_claims.yml"):
-        try:
+    row: Any = None
+    try:
+        for row in load_manifest("paper_claims.yml"):
             for name in ("place", "needs"):
                 row[name] = tuple(row.get(name, ()))
             claim = Claim(**row)
-        except TypeError as error:
-            raise ClaimError(f"paper_claims.yml: {row.get('id', row)}: {error}.") from error
-        _validate(claim, claims)
-        claims[claim.id] = claim
+            _validate(claim, claims)
+            claims[claim.id] = claim
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        which = row.get("id", row) if isinstance(row, dict) else row
+        raise ClaimError(f"paper_claims.yml: {which}: {error}.") from error
     for claim in claims.values():
         missing = [i for i in _operands(claim) if i not in claims]
         if missing:
@@ -169,6 +171,7 @@ def _validate(claim: Claim, earlier: Mapping[str, Claim]) -> None:
         (not set(claim.needs) <= set(NEEDS), f"needs must be among {NEEDS}"),
         (not claim.place, "place is empty"),
         (bool(claim.check) and claim.check.get("rule") not in PRINT_RULES, "unknown check rule"),
+        (not all(isinstance(name, str) for name in _operands(claim)), "check names no claims"),
         (not math.isfinite(claim.value), "value is not a number"),
     ]
     for wrong, reason in problems:

@@ -65,19 +65,33 @@ class RegistryEntry:
 
 def load_manifest(name: str) -> Any:
     """Parse a YAML file of the manifest folder, which travels inside the wheel."""
-    text = (files("covidmtl_core.data_manifest") / name).read_text(encoding="utf-8")
-    return yaml.safe_load(text)
+    try:
+        text = (files("covidmtl_core.data_manifest") / name).read_text(encoding="utf-8")
+        return yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{name} cannot be read: {' '.join(str(error).split())}.") from error
 
 
 @cache
 def registry() -> dict[str, RegistryEntry]:
-    """The registry by file id, in the order of `registry.yml`."""
-    manifest = load_manifest("registry.yml")
-    entries = {}
-    for fields in manifest["files"]:
-        urls = fields.pop("urls", [base + fields["file"] for base in manifest["base_urls"]])
-        entries[fields["id"]] = RegistryEntry(urls=tuple(urls), **fields)
-    return entries
+    """The registry by file id, in the order of `registry.yml`.
+
+    Raises:
+        DataError: The registry cannot be used.
+    """
+    try:
+        manifest = load_manifest("registry.yml")
+        entries = {}
+        for fields in manifest["files"]:
+            urls = fields.pop("urls", [base + fields["file"] for base in manifest["base_urls"]])
+            if fields["file"] != Path(fields["file"]).name:
+                raise ValueError(f"{fields['file']!r} is no file name")
+            entries[fields["id"]] = RegistryEntry(urls=tuple(urls), **fields)
+        return entries
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"registry.yml cannot be used ({type(error).__name__}: {error})."
+        ) from error
 
 
 def released_ids() -> list[str]:

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from covidmtl_core import claims, data_folder, phantom, store, training
+from covidmtl_core import book, claims, data_folder, experiments, fetch, phantom, store, training
 from covidmtl_core.ct import read_ct, write_volume
 from covidmtl_core.dicom import write_series
 from covidmtl_core.errors import CovidMTLError
@@ -154,6 +154,48 @@ def test_any_record_is_read_or_refused(content: Any, tmp_path: Path) -> None:
     for whole in (content, {"claims": content}, {"claims": [content]}):
         path.write_text(json.dumps(whole))
         answers(claims.load_records, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "read"), [("registry.yml", "registry"), ("paper_claims.yml", "")])
+@given(
+    place=st.integers(0, 9),
+    key=st.sampled_from(["id", "file", "urls", "bytes", "value", "kind", "place", "check", "x"]),
+    value=json_values,
+)
+@some
+def test_any_manifest_is_read_or_refused(
+    name: str, read: str, place: int, key: str, value: Any
+) -> None:
+    whole = fetch.load_manifest(name)
+    rows = whole["files"] if read else whole
+    rows[place % len(rows)][key] = value
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fetch, claims):
+            patch.setattr(module, "load_manifest", lambda _: whole)
+        function = fetch.registry if read else claims.load_claims
+        if answers(function.__wrapped__) and read:  # type: ignore[attr-defined]
+            for entry in function.__wrapped__().values():  # type: ignore[attr-defined]
+                assert (fetch.cache_folder() / entry.file).parent == fetch.cache_folder()
+
+
+@given(
+    tier=st.sampled_from(["phantom", "released", "volumes"]) | json_values,
+    name=st.sampled_from(["seed", "n_trees", "n_trainings", "data_root", "networks", "settings"]),
+    value=json_values,
+)
+@some
+def test_any_parameter_of_a_chapter_is_taken_or_refused(tier: Any, name: str, value: Any) -> None:
+    answers(lambda: book.start("diagnosis", tier, **{name: value}))
+
+
+@given(settings=st.dictionaries(st.sampled_from(["epochs", "crop", "x"]) | st.text(), json_values))
+@some
+def test_any_settings_of_a_study_are_taken_or_refused(settings: dict, tmp_path: Path) -> None:
+    scans = experiments.Scans(*[pd.DataFrame()] * 2, {}, *[pd.Index([])] * 2, "phantom")  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        study = experiments.Study(scans, {}, tmp_path)
+        patch.setattr(experiments, "phantom_study", lambda *_, **__: study)
+        answers(lambda: experiments.study("phantom", 40, 1, settings=settings))
 
 
 @given(
