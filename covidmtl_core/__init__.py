@@ -5,7 +5,7 @@ Importing the package imports none of its heavy dependencies; each module import
 
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # joblib replaces a worker process that holds more memory after a scan than before its first one,
 # which is no news to a user: no work is lost, and the results are the same.

@@ -300,20 +300,27 @@ def start(name: str, tier: str, phantom_scans: bool = False, **parameters: Any) 
     Raises:
         ParameterError: A parameter cannot be used; the message names it.
     """
+    parameters = checked(tier, parameters)
+    from IPython.display import display
+
+    display(_html(banner_html(tier, phantom_scans)))
+    return Chapter(name, tier, parameters)
+
+
+def checked(tier: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters, with sizes that are None filled in; errors as for `start`."""
     check_tier(tier, parameters.get("data_root"))
+    filled = dict(parameters)
     for key, value in parameters.items():
         if value is None and key in SIZES:
-            value = parameters[key] = SIZES[key][tier]
+            value = filled[key] = SIZES[key][tier]
         least = 0 if key == "seed" else 1
         if key == "seed" or key.startswith("n_"):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ParameterError(
                     f"{key} is {value!r}; it must be a whole number of at least {least}."
                 )
-    from IPython.display import display
-
-    display(_html(banner_html(tier, phantom_scans)))
-    return Chapter(name, tier, parameters)
+    return filled
 
 
 def banner_html(tier: str, phantom_scans: bool = False) -> str:

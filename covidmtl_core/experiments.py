@@ -492,6 +492,8 @@ def study(
         found = phantom_study(n_patients, n_epochs, folder, device=device)
     if not settings:
         return found
+    if not isinstance(settings, dict):
+        raise ParameterError(f"settings is {settings!r}; it must be like {{micro_batches: 2}}.")
     unknown = settings.keys() - TrainConfig.__dataclass_fields__
     if unknown:
         raise ParameterError(

@@ -14,9 +14,10 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -171,6 +172,17 @@ def _jobs(spacing_mm: float) -> int:
     return max(1, min(cpu_count(), int(psutil.virtual_memory().available / 2**30 / need)))
 
 
+def state_of(source: Path) -> str:
+    """A hash of a folder's labels, and of names, sizes and times of its scans' files.
+
+    Raises:
+        DataError: The folder or its labels cannot be used.
+    """
+    index = load_index(Path(source))
+    prints = [_fingerprint(path) for path in index["path"]]
+    return hashlib.sha256("\n".join([index.to_csv(), *prints]).encode()).hexdigest()
+
+
 @contextmanager
 def _claimed(
     target: Path, part: tuple[int, int] | None, spacing_mm: float, method: str
@@ -178,9 +190,10 @@ def _claimed(
     """Alone on a target that has its settings; a part, alone but for the others of its division.
 
     A whole run holds the target's lock and those of parts to its end, a part its own; it takes the
-    target's only to begin.
+    target's only to begin. Who comes second for a part waits, and finds it done: on a cluster a
+    step may outlive the run that submitted it.
     """
-    with ExitStack() as to_the_end:
+    while True:
         with FileLock(target / ".lock", timeout=PATIENCE_S if part else 0):
             others = [
                 path
@@ -197,9 +210,16 @@ def _claimed(
                 path.unlink()
             if part is None:
                 return
-            own = target / f".lock-{part[0]}-of-{part[1]}"
-            to_the_end.enter_context(FileLock(own, timeout=0))
+            own = FileLock(target / f".lock-{part[0]}-of-{part[1]}", timeout=0)
+            with suppress(Timeout):
+                own.acquire()
+        if own.is_locked:
+            break
+        time.sleep(1)
+    try:
         yield
+    finally:
+        own.release()
 
 
 def _settle_settings(target: Path, spacing_mm: float, method: str) -> None:

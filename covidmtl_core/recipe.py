@@ -119,6 +119,14 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.augmentation, dict):  # as files and checkpoints hold it
+            try:
+                object.__setattr__(self, "augmentation", Augmentation(**self.augmentation))
+            except TypeError:
+                names = ", ".join(Augmentation.__dataclass_fields__)
+                raise ParameterError(
+                    f"augmentation is {self.augmentation!r}; it may have {names}."
+                ) from None
         self._check_types()
         choices = {
             "model": ("covid_mtl", *_SINGLE_TASK),
@@ -257,16 +265,7 @@ class TrainConfig:
                 value = re.sub(r"(\d[eE])(?=\d)", r"\1+", value)
                 values[name] = yaml.safe_load(value)
                 if name == "augmentation":
-                    chosen = values[name] or None
-                    values[name] = chosen and Augmentation(**chosen)
-            except (yaml.YAMLError, TypeError):
+                    values[name] = values[name] or None
+            except yaml.YAMLError:
                 raise ParameterError(f"{text!r} has a value that cannot be understood.") from None
         return values
-
-    @classmethod
-    def from_saved(cls, saved: dict[str, Any]) -> "TrainConfig":
-        """From `dataclasses.asdict`, as checkpoints hold it."""
-        augmentation = saved["augmentation"]
-        if augmentation is not None:
-            augmentation = Augmentation(**augmentation)
-        return cls(**(saved | {"augmentation": augmentation}))

@@ -54,6 +54,7 @@ def write(image: sitk.Image, path: Path) -> None:
     written = blosc2.ndarray_from_cframe(array.to_cframe())  # a chunk of zeros is another in memory
     chunks = [written.schunk.get_chunk(k) for k in range(written.schunk.nchunks)]
     array.schunk.vlmeta["crc32"] = [crc32(chunk) for chunk in chunks]
+    array.schunk.vlmeta["layout"] = _layout(array)
     array.schunk.vlmeta["sha256"] = hashlib.sha256(values.tobytes()).hexdigest()
     for name in ("Spacing", "Origin", "Direction"):
         array.schunk.vlmeta[name] = list(getattr(image, f"Get{name}")())
@@ -128,13 +129,18 @@ def _open(path: Path) -> Any:
     try:
         # One thread: the workers that load batches are many, and are forked.
         array = blosc2.open(str(path), mode="r", dparams=blosc2.DParams(nthreads=1))
-        if array.ndim != 3 or "crc32" not in array.schunk.vlmeta:
-            raise ValueError
+        if array.ndim != 3 or array.schunk.vlmeta["layout"] != _layout(array):
+            raise ValueError(f"{path} has another layout than was written")
         return array
     except FileNotFoundError:
         raise DataError(f"{path} is missing: run `covidmtl preprocess` again.") from None
     except Exception as error:  # blosc2 raises anything on a damaged file
         raise DataError(f"{path} is damaged or of another kind: {_AGAIN}") from error
+
+
+def _layout(array: Any) -> str:
+    """What the header says of how to read the chunks; it has no checksum."""
+    return f"{array.shape} {array.chunks} {array.blocks} {array.dtype.str}"
 
 
 def _part(array: Any, path: Path, box: tuple[slice, ...]) -> NDArray[Any]:

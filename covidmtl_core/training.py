@@ -171,7 +171,7 @@ def load(path: str | os.PathLike[str], device: str | torch.device | None = None)
     """
     target = _device(device, _Group())
     saved = _read_checkpoint(Path(path), target)
-    config = TrainConfig.from_saved(saved["config"])
+    config = TrainConfig(**saved["config"])
     scaling = _on_cpu(saved["scaling"])
     model = config.make_model(len(scaling["feature_range"])).to(target)
     model.load_state_dict(saved["model"])
