@@ -5,7 +5,8 @@ VENV ?= .venv
 TIER ?= auto
 TORCH ?= cpu
 PROFILE ?= local
-SET = $(strip $(if $(CONFIG),,tier=$(TIER)) $(if $(CHAPTER),chapter=$(CHAPTER)))
+# A configuration names its own tier, unless TIER is given too.
+SET = $(strip $(if $(and $(CONFIG),$(filter file,$(origin TIER))),,tier=$(TIER)) $(if $(CHAPTER),chapter=$(CHAPTER)))
 BIN := $(abspath $(VENV))/bin
 READY := $(VENV)/ready-$(TORCH)
 CPU_WHEELS := https://download.pytorch.org/whl/cpu

@@ -490,19 +490,29 @@ def study(
             found = replace(found, classical=lambda: replace(scans, volumes=volumes))
     else:
         found = phantom_study(n_patients, n_epochs, folder, device=device)
-    if not settings:
-        return found
+    check_settings(settings)
+    changed = replace(found, settings=found.settings | (settings or {}))
+    changed.config("covid_mtl", 0)
+    return changed
+
+
+def check_settings(settings: Any) -> None:
+    """Reject what `study` cannot take as settings.
+
+    Raises:
+        ParameterError: They are not names of `recipe.TrainConfig` with values that it takes.
+    """
+    if settings is None:
+        return
     if not isinstance(settings, dict):
         raise ParameterError(f"settings is {settings!r}; it must be like {{micro_batches: 2}}.")
     unknown = settings.keys() - TrainConfig.__dataclass_fields__
     if unknown:
         raise ParameterError(
-            f"settings name {', '.join(sorted(unknown))}; there are "
+            f"settings name {', '.join(map(str, unknown))}; there are "
             f"{', '.join(TrainConfig.__dataclass_fields__)}."
         )
-    changed = replace(found, settings=found.settings | settings)
-    changed.config("covid_mtl", 0)
-    return changed
+    TrainConfig(**settings)
 
 
 def phantom_study(

@@ -193,6 +193,29 @@ def test_the_whole_chain_from_dicom_to_the_book(repository: Path, dicom: Path, w
     assert not list(whole.parent.rglob("ran")) and not Path("ran").exists()
 
 
+def test_what_changed_is_done_again(repository: Path, dicom: Path, whole: Path) -> None:
+    """Planned only, after the chain has run: nothing, then what each change asks for."""
+
+    def planned(*more: str) -> str:
+        options = ("--dry-run", "--config", "chapter=diagnosis", *more)
+        run = workflow(repository, whole.parent / f"raw {SHELL}", whole, *options)
+        text, _ = run.communicate(timeout=60)
+        assert run.returncode == 0, text
+        return text
+
+    assert "Nothing to be done" in planned()
+    assert "Preprocessing" in planned("spacing=5")
+    file = next(dicom.glob("scan */*"))
+    file.touch()
+    text = planned()
+    assert all(word in text for word in ("Preprocessing", "Training", "Executing", "Rendering"))
+    text = planned("n_bootstrap=21")
+    assert "Executing diagnosis" in text and "Rendering" in text
+    (whole / "ready").rename(whole / "away")
+    assert "Preprocessing" in planned()
+    (whole / "away").rename(whole / "ready")
+
+
 def test_a_cluster_is_not_given_a_name_that_is_a_command(
     repository: Path, dicom: Path, tmp_path: Path
 ) -> None:
@@ -232,6 +255,9 @@ def test_the_chain_runs_on_a_cluster(repository: Path, dicom: Path, tmp_path: Pa
         ("batches=0", "batches is 0"),
         ("n_trainings=1.5", r"n_trainings is 1.5"),
         ("n_treees=4", "No chapter has a parameter 'n_treees'"),
+        ("n_epochs=0", "n_epochs is 0"),
+        ("settings={augmentation: {noise: 9}}", "augmentation's noise is '9'"),
+        ("tier=phantom", "only tier volumes uses"),
         ("data_root=", "needs data_root"),
     ],
 )
