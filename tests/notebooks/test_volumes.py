@@ -129,41 +129,6 @@ def test_the_chain_is_planned_before_anything_runs(
         assert all(f"--method {method} --part {k}/3" in text for k in (1, 2, 3))
 
 
-@pytest.mark.parametrize(
-    ("config", "wanted", "submitted"),
-    [
-        ("batches=2", ["--mem 14000", "--cpus-per-task=4", "-t 720"], 2),
-        ("scans=", ["--mem 32000", "--cpus-per-task=4", "--gpus=1"], 4),
-    ],
-)
-def test_the_cluster_is_asked_for_what_a_step_needs(
-    config: str, wanted: list[str], submitted: int, repository: Path, dicom: Path, tmp_path: Path
-) -> None:
-    """A stand-in for sbatch notes what it is asked for, and refuses."""
-    said = tmp_path / "said"
-    (tmp_path / "bin").mkdir()
-    for name, content in (
-        ("sbatch", f'echo "$@" >> "{said}"; exit 1'),
-        ("sacct", ""),
-        ("sinfo", ""),
-    ):
-        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
-        (tmp_path / "bin" / name).chmod(0o755)
-    out, stand_in = tmp_path / "out", tmp_path / "bin"
-    more = ("--config", "chapter=diagnosis", config)
-    run = workflow(repository, dicom, out, *more, profile="slurm", first=stand_in)
-    asked: list[str] = []
-    deadline = time.monotonic() + 60
-    while len(asked) < submitted and time.monotonic() < deadline:
-        time.sleep(0.2)
-        asked = said.read_text().splitlines() if said.exists() else []
-    os.killpg(run.pid, signal.SIGKILL)
-    run.communicate()
-    assert len(asked) == submitted, asked
-    assert all(word in line for word in wanted for line in asked), asked[0]
-    assert all("_runs/slurm/rule_" in line for line in asked), "a log each"
-
-
 def test_the_whole_chain_from_dicom_to_the_book(repository: Path, dicom: Path, whole: Path) -> None:
     """Killed while it preprocesses and while it trains, many jobs at once, all in odd folders."""
     odd = whole.parent / f"raw {SHELL}"
@@ -216,6 +181,50 @@ def test_what_changed_is_done_again(repository: Path, dicom: Path, whole: Path) 
     (whole / "away").rename(whole / "ready")
 
 
+@pytest.mark.parametrize(
+    ("config", "wanted", "submitted"),
+    [
+        ("batches=2", ["--mem 14000", "--cpus-per-task=4", "-t 720"], 2),
+        ("scans=", ["--mem 32000", "--cpus-per-task=4", "--gpus=1"], 4),
+    ],
+)
+def test_the_cluster_is_asked_for_what_a_step_needs(
+    config: str,
+    wanted: list[str],
+    submitted: int,
+    repository: Path,
+    dicom: Path,
+    scans: Path,
+    tmp_path: Path,
+) -> None:
+    """A stand-in for sbatch notes what it is asked for, and refuses."""
+    said = tmp_path / "said"
+    (tmp_path / "bin").mkdir()
+    for name, content in (
+        ("sbatch", f'echo "$@" >> "{said}"; exit 1'),
+        ("sacct", ""),
+        ("sinfo", ""),
+    ):
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{content}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    out, stand_in = tmp_path / "out", tmp_path / "bin"
+    (tmp_path / "ready").symlink_to(scans)
+    more = ("--config", "chapter=diagnosis", config)
+    if config == "scans=":
+        more += (f"data_root={tmp_path / 'ready'}",)
+    run = workflow(repository, dicom, out, *more, profile="slurm", first=stand_in)
+    asked: list[str] = []
+    deadline = time.monotonic() + 60
+    while len(asked) < submitted and time.monotonic() < deadline:
+        time.sleep(0.2)
+        asked = said.read_text().splitlines() if said.exists() else []
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert len(asked) == submitted, asked
+    assert all(word in line for word in wanted for line in asked), asked[0]
+    assert all("_runs/slurm/rule_" in line for line in asked), "a log each"
+
+
 def test_a_cluster_is_not_given_a_name_that_is_a_command(
     repository: Path, dicom: Path, tmp_path: Path
 ) -> None:
@@ -223,6 +232,7 @@ def test_a_cluster_is_not_given_a_name_that_is_a_command(
     for name in ("sbatch", "sacct", "sinfo"):
         (tmp_path / "bin" / name).write_text(f'#!/bin/sh\ntouch "{tmp_path}/{name}"\n')
         (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / SHELL).symlink_to(dicom)
     for config in (f"scans={tmp_path}/{SHELL}", "layer=$(touch ran)"):
         more = ("--config", "chapter=diagnosis", config)
         place = tmp_path / "out"
