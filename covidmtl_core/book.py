@@ -1,25 +1,19 @@
-"""What a chapter needs to be a chapter: parameters, paths, a banner, records, provenance.
-
-Also the assembly of executed chapters into the source that Jupyter Book renders.
-"""
+"""What a chapter needs to be a chapter: parameters, paths, a banner, records, provenance."""
 
 import hashlib
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from importlib import metadata, resources
-from itertools import pairwise
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from covidmtl_core import claims, fetch
 from covidmtl_core.cohort import check_tier
@@ -27,7 +21,9 @@ from covidmtl_core.errors import ClaimError, DataError, DownloadError, Parameter
 from covidmtl_core.style import MODELS
 
 RESULTS_VARIABLE = "COVIDMTL_RESULTS"
-REPOSITORY = "https://github.com/covid-mtl-book/covid-mtl-book"
+
+DRIVE = Path("/content/drive/MyDrive")
+"""Where Colab mounts a reader's drive."""
 
 BANNERS = {
     "phantom": (
@@ -75,9 +71,16 @@ def repository_folder() -> Path | None:
 
 
 def results_root() -> Path:
-    """`$COVIDMTL_RESULTS`, else `results` in the repository, else in the working folder."""
+    """`$COVIDMTL_RESULTS`, else `results` in the repository, else in the working folder.
+
+    On Colab with a mounted drive, `covidmtl` on the drive: what is there survives a disconnect.
+    """
     named = os.environ.get(RESULTS_VARIABLE)
-    return Path(named) if named else (repository_folder() or Path.cwd()) / "results"
+    if named:
+        return Path(named)
+    if "google.colab" in sys.modules and DRIVE.is_dir():
+        return DRIVE / "covidmtl"
+    return (repository_folder() or Path.cwd()) / "results"
 
 
 def results_folder(tier: str, chapter: str) -> Path:
@@ -270,7 +273,8 @@ class Chapter:
         parameters = ", ".join(f"{name} {value}" for name, value in self.parameters.items())
         parameters = parameters or "none"
         return _html(
-            f"<small><b>Provenance.</b> Commit {facts['commit']}; {packages}; data: {data}; "
+            f'<small id="provenance" data-commit="{facts["commit"]}"><b>Provenance.</b> '
+            f"Commit {facts['commit']}; {packages}; data: {data}; "
             f"parameters: {parameters}; {facts['device']}; {facts['seconds']} s.</small>"
         )
 
@@ -398,101 +402,3 @@ def _html(text: str) -> Any:
     from IPython.display import HTML
 
     return HTML(text)
-
-
-# --- assembling the book --------------------------------------------------------------------
-
-
-def chapters(source: Path) -> list[str]:
-    """Names of the notebooks that `_toc.yml` lists, in reading order."""
-    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
-    names = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
-    return [name for name in names if (source / f"{name}.ipynb").is_file()]
-
-
-def assemble(source: Path, runs: Path, tier: str) -> Path:
-    """Put executed chapters and pages together as a source that Jupyter Book can render.
-
-    Pages without code get the banner below their title; a chapter that was not executed is
-    copied with a note that says so.
-
-    Args:
-        source: The folder `book` of the repository.
-        runs: The folder with the executed notebooks of one tier.
-        tier: Their tier.
-
-    Returns:
-        The assembled folder, `book` within `runs`.
-    """
-    target = runs / "book"
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    for name in ("_toc.yml", "references.bib"):
-        shutil.copy(source / name, target)
-    shutil.copytree(source / "_static", target / "_static")
-    with resources.as_file(resources.files("plotly") / "package_data" / "plotly.min.js") as script:
-        shutil.copy(script, target / "_static")
-    for page in source.glob("*.md"):
-        title, _, body = page.read_text(encoding="utf-8").partition("\n")
-        claims.write_atomically(target / page.name, f"{title}\n\n{banner_html(tier)}\n{body}")
-    glance = results_folder(tier, "scoreboard") / "at_a_glance.md"
-    text = (
-        glance.read_text() if glance.is_file() else "The scoreboard was not executed in this build."
-    )
-    claims.write_atomically(target / "at_a_glance.txt", text)
-    for name in chapters(source):
-        executed = (runs / f"{name}.done").is_file()
-        path = (runs if executed else source) / f"{name}.ipynb"
-        notebook = json.loads(path.read_text(encoding="utf-8"))
-        if not executed:
-            note = "```{warning}\nThis chapter was not executed in this build.\n```"
-            cell = {"cell_type": "markdown", "id": "not-executed", "metadata": {}, "source": note}
-            notebook["cells"].insert(1, cell)
-        _fold_default_parameters(notebook["cells"])
-        claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
-    return target
-
-
-def _fold_default_parameters(cells: list[dict[str, Any]]) -> None:
-    """Where papermill injected parameters, show those and fold the defaults they replace."""
-    tags = [cell["metadata"].get("tags", []) for cell in cells]
-    for default, injected in pairwise(tags):
-        if "injected-parameters" in injected:
-            injected += [tag for tag in default if tag == "remove-cell"]
-            default.append("hide-input")
-
-
-def failures(runs: Path, steps: dict[str, list[str]]) -> list[str]:
-    """One line for each step that did not finish: what happened and where to look.
-
-    Args:
-        runs: The folder with the executed notebooks of one tier, and the logs of all steps.
-        steps: Chapters and what comes before them, each after those it builds on; and those.
-    """
-    lines: list[str] = []
-    unfinished: set[str] = set()
-    for name, needed in steps.items():
-        notebook, log = runs / f"{name}.ipynb", runs / f"{name}.log"
-        if unfinished & set(needed):
-            lines.append(f"{name} was not run, because something it builds on failed")
-        elif not (runs / f"{name}.done").is_file():
-            looked_at = [
-                str(path) for path in (notebook, log) if path != notebook or path.is_file()
-            ]
-            lines.append(f"{name} failed{_error_in(notebook, log)}: see {' and '.join(looked_at)}")
-        else:
-            continue
-        unfinished.add(name)
-    return lines
-
-
-def _error_in(notebook: Path, log: Path) -> str:
-    """The error that ended an executed notebook, in brackets; else the last line of its log."""
-    try:
-        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        outputs = (output for cell in cells for output in cell.get("outputs", ()))
-        errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
-    except (OSError, ValueError, KeyError):
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-        errors = [line for line in text.splitlines() if line.strip()]
-    return f" ({errors[-1]})" if errors else ""

@@ -151,17 +151,49 @@ def experiment_command(
 
 @app.command("predict")
 def predict_command(
-    checkpoint: Annotated[Path, typer.Argument(help="last.pt or best.pt of a training.")],
-    source: Annotated[Path, typer.Argument(help="Folder that `covidmtl preprocess` made.")],
-    target: Annotated[Path, typer.Argument(help="CSV to write: a line a patient.")],
+    source: Annotated[
+        Path, typer.Argument(help="One scan, or a folder that `covidmtl preprocess` made.")
+    ],
+    target: Annotated[
+        Path, typer.Argument(help="Folder to write for one scan; CSV to write for many.")
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="last.pt or best.pt of a training; a folder needs one.")
+    ] = None,
+    lungs: Annotated[
+        Path | None, typer.Option(help="Mask of the scan's lungs, if it shall not be found.")
+    ] = None,
+    spacing: Annotated[
+        float | None, typer.Option(help="Voxels in mm to measure on; none: the table's.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="classical, released or refined; none: the table's.")
+    ] = None,
+    tier: Annotated[
+        str, typer.Option(help="Table that features are compared with: released or phantom.")
+    ] = "released",
     device: Annotated[str | None, typer.Option(help="cpu or cuda; none: what is there.")] = None,
 ) -> None:
-    """Predict every scan of a folder: the probability of each class of each task."""
-    from covidmtl_core import runs
+    """Say what models make of a scan of yours, or a network of many. This is no medical device.
 
-    predicted = runs.predict(checkpoint, source, device)
-    claims.write_atomically(target, predicted.to_csv(lineterminator="\n"))
-    print(f"{len(predicted)} patients predicted: {target}")
+    Of one scan: its lungs, its features among those of the paper's patients, the probabilities of
+    models of those features and, with --checkpoint, of a network.
+    """
+    if (source / "settings.json").is_file():
+        if checkpoint is None:
+            raise ParameterError("A folder of scans needs --checkpoint; one scan does not.")
+        from covidmtl_core import runs
+
+        predicted = runs.predict(checkpoint, source, device)
+        claims.write_atomically(target, predicted.to_csv(lineterminator="\n"))
+        print(f"{len(predicted)} patients predicted: {target}")
+        return
+    from covidmtl_core import own_scan
+
+    for line in own_scan.write_report(
+        source, target, lungs, checkpoint, spacing, method, tier, device
+    ):
+        print(line)
 
 
 @app.command("grid")

@@ -73,7 +73,7 @@ def check(
             what = f"{path} does not exist: correct the path."
             problems.append(("error", f"patient {patient_id}", what))
     if read and len(there):
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         work = Parallel(n_jobs=n_jobs or -1, return_as="generator")(
             delayed(_fingerprint)(path) for _, path in there

@@ -38,7 +38,7 @@ from covidmtl_core.data_folder import load_index, worker_loss_named
 from covidmtl_core.errors import CovidMTLError, DataError, ParameterError
 from covidmtl_core.radiomics.features import extract_features
 from covidmtl_core.radiomics.names import FEATURE_NAMES
-from covidmtl_core.segmentation import METHODS, segment_lungs
+from covidmtl_core.segmentation import METHODS, Segmenter, segment_lungs
 
 MARGIN_MM = 10.0
 """Around the lungs, in the cropped volumes."""
@@ -70,7 +70,10 @@ class Preprocessed:
 
 
 def preprocess_scan(
-    path: str | os.PathLike[str], spacing_mm: float = 1.0, method: str = "refined", n_jobs: int = 1
+    path: str | os.PathLike[str],
+    spacing_mm: float = 1.0,
+    method: str | Segmenter = "refined",
+    n_jobs: int = 1,
 ) -> Preprocessed:
     """Read a scan, resample it, find its lungs, crop it and measure its features.
 
@@ -258,7 +261,7 @@ def _work(
 
     `partial` is emptied of what a run that was killed left there.
     """
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
     shutil.rmtree(partial, ignore_errors=True)
     within, ready = partial / uuid.uuid4().hex, target / "scans"

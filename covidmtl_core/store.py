@@ -300,7 +300,7 @@ class Patients(Dataset[dict[str, Any]]):
 
     def standardisation(self) -> tuple[float, float]:
         """Mean and standard deviation of a centre crop, each averaged over the patients."""
-        from tqdm.auto import tqdm
+        from tqdm import tqdm
 
         if self.volumes is None:
             return 0.0, 1.0

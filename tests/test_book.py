@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from covidmtl_core import book, claims, fetch
+from covidmtl_core import book, claims, fetch, pages
 from covidmtl_core.claims import Record
 from covidmtl_core.errors import ClaimError, DataError, DownloadError, ParameterError
 
@@ -125,19 +125,19 @@ def test_auto_is_released_with_data() -> None:
 
 def test_assembly_puts_the_banner_on_every_page(repository, results, tmp_path) -> None:  # type: ignore[no-untyped-def]
     source, runs = repository / "book", tmp_path / "runs"
-    target = book.assemble(source, runs, "phantom")
-    pages = sorted(path.name for path in source.glob("*.md"))
-    assert sorted(path.name for path in target.glob("*.md")) == pages
-    for name in pages:
+    target = pages.assemble(source, runs, "phantom")
+    names = sorted(path.name for path in source.glob("*.md"))
+    assert sorted(path.name for path in target.glob("*.md")) == names
+    for name in names:
         assert 'data-tier="phantom"' in (target / name).read_text()
-    for name in book.chapters(source):
+    for name in pages.chapters(source):
         text = (target / f"{name}.ipynb").read_text()
         assert "not executed in this build" in text
     executed = json.loads((source / "cohort.ipynb").read_text())
     (runs / "cohort.ipynb").write_text(json.dumps(executed))
-    assert "not executed" in (book.assemble(source, runs, "phantom") / "cohort.ipynb").read_text()
+    assert "not executed" in (pages.assemble(source, runs, "phantom") / "cohort.ipynb").read_text()
     (runs / "cohort.done").touch()
-    target = book.assemble(source, runs, "phantom")
+    target = pages.assemble(source, runs, "phantom")
     assert "not executed" not in (target / "cohort.ipynb").read_text()
 
 
@@ -146,7 +146,7 @@ def test_failures_say_where_to_look(tmp_path: Path) -> None:
     for finished in ("cohort", "board"):
         (tmp_path / f"{finished}.done").touch()
     (tmp_path / "features.ipynb").write_text("an old failure")
-    lines = book.failures(tmp_path, wanted)
+    lines = pages.failures(tmp_path, wanted)
     assert lines[0].startswith("diagnosis failed: see") and "diagnosis.log" in lines[0]
     assert [line.split(",")[0] for line in lines[1:]] == [
         "features was not run",

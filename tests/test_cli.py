@@ -44,6 +44,8 @@ def test_fetch_brings_one_file(fetched: Path, empty_cache: Path, monkeypatch) ->
         (["claims", "diff", "/no/such/a", "/no/such/b"], "/no/such/a"),
         (["preprocess", "/no/such/folder", "/no/such/target"], "/no/such/folder"),
         (["experiment", "covid_mtl", "/no/such/folder"], "/no/such/folder"),
+        (["predict", "/no/such/scan", "/tmp/report", "--tier", "phantom"], "/no/such/scan"),
+        (["predict", "/no/such/scan", "/tmp/report", "--lungs", "/no/mask"], "/no/mask"),
         (["experiment", "covid_mtl", "/no/such/folder", "--set", "epoch=1"], "'epoch=1'"),
     ],
 )

@@ -1,5 +1,6 @@
 """Packaging: the files that must say the same thing do, and the wheel works on its own."""
 
+import json
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from covidmtl_core import __version__, book
+from covidmtl_core import __version__, book, pages
 
 CONDA_NAMES = {
     "blosc2": "python-blosc2",
@@ -37,7 +38,9 @@ def requirements(project: dict) -> dict[str, str]:
 
 def test_conda_environment_asks_for_the_same(repository: Path, project: dict) -> None:
     environment = yaml.safe_load((repository / "environment.yml").read_text())
-    conda = dict(re.fullmatch(r"([\w-]+)(.*)", d).groups() for d in environment["dependencies"])  # type: ignore[union-attr]
+    *packages, of_pip = environment["dependencies"]
+    packages += of_pip["pip"]
+    conda = dict(re.fullmatch(r"([\w-]+)(.*)", text).groups() for text in packages)  # type: ignore[union-attr]
     assert conda.pop("python") == "=3.11"
     assert conda.pop("setuptools") == ">=77" and conda.pop("pip") == ""
     assert {name for name in conda if name in PYRADIOMICS_NEEDS} == PYRADIOMICS_NEEDS
@@ -62,20 +65,31 @@ def test_lock_file_pins_every_dependency(repository: Path, project: dict) -> Non
     assert wanted - {"torch"} <= names and not {"torch", "pyradiomics"} & names
 
 
-def test_version_and_address_are_said_once_or_the_same(repository: Path, project: dict) -> None:
+def test_version_is_said_once_or_the_same(repository: Path, project: dict) -> None:
     assert project["project"]["version"] == __version__
     citation = yaml.safe_load((repository / "CITATION.cff").read_text())
     assert citation["version"] == __version__
-    config = yaml.safe_load((repository / "_config.yml").read_text())
-    addresses = {
-        book.REPOSITORY,
-        config["repository"]["url"],
-        citation["repository-code"],
-        project["project"]["urls"]["Repository"],
-    }
-    assert len(addresses) == 1
-    for notebook in (repository / "book").glob("*.ipynb"):
-        assert f"git+{book.REPOSITORY}" in notebook.read_text(), notebook.name
+
+
+def test_address_stands_in_one_place(repository: Path, project: dict) -> None:
+    address = project["project"]["urls"]["Repository"]
+    assert pages.address() == address
+    name = address.removeprefix("https://")
+    tracked = subprocess.run(
+        ["git", "-C", str(repository), "ls-files", "-co", "--exclude-standard"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for file in map(repository.joinpath, tracked.stdout.splitlines()):
+        if not file.is_file() or file.suffix in (".xz", ".png"):
+            continue
+        text = file.read_text(encoding="utf-8")
+        if file.suffix == ".ipynb":  # `make notebooks` writes their first code cell
+            cells = json.loads(text)["cells"]
+            assert "".join(cells[1]["source"]) == pages.set_up_cell(), file.name
+            text = json.dumps(cells[:1] + cells[2:])
+        assert (name in text) == (file.name == "pyproject.toml"), file
 
 
 @pytest.mark.slow
@@ -89,7 +103,16 @@ def test_wheel_alone_has_the_manifest_and_needs_no_extra(repository: Path, tmp_p
         check=True,
     )
     for name in ignored.stdout.splitlines():
-        if name.startswith(("covidmtl_core/", "data_manifest/", "pyproject", "README", "LICENSE")):
+        if name.startswith(
+            (
+                "covidmtl_core/",
+                "data_manifest/",
+                "tests/benchmarks/",
+                "pyproject",
+                "README",
+                "LICENSE",
+            )
+        ):
             target = source / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes((repository / name).read_bytes())

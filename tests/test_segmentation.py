@@ -1,4 +1,3 @@
-import sys
 import warnings
 from pathlib import Path
 
@@ -9,12 +8,10 @@ from scipy import ndimage
 
 from covidmtl_core import _released_segmentation as released
 from covidmtl_core import ct, evaluation
+from covidmtl_core.benchmarks import plain_segmentation as plain
 from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
 from covidmtl_core.segmentation import LEFT, RIGHT, segment_lungs
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-import plain_segmentation as plain
 
 SIZE, SPACING = (136, 156, 156), 2.5
 

@@ -13,11 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from covidmtl_core import shift3d as s3d
+from covidmtl_core.benchmarks.plain_shift3d import loop, released_outcome
 from covidmtl_core.shift3d import Shift3D, Shifts, draw_shifts, relu_shift_max_pool, shift3d
-
-sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
-
-from plain_shift3d import loop, released_outcome
 
 SHAPES = [(3, 5, 7, 6, 9), (2, 3, 1, 8, 5), (1, 2, 4, 1, 1), (1, 1, 1, 1, 1), (0, 2, 3, 3, 3)]
 

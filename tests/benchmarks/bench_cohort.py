@@ -11,13 +11,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import pandas as pd
 import psutil
 from joblib import Parallel, delayed
-from recording import record
 
+from covidmtl_core.benchmarks.recording import record
 from covidmtl_core.dicom import write_series
 from covidmtl_core.phantom import SIZE, draw_patient, make_phantom
 

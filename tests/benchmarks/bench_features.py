@@ -9,16 +9,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import pandas as pd
 import SimpleITK as sitk
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from plain_features import as_released
-from recording import interleaved, record
-
+from covidmtl_core.benchmarks.plain_features import as_released
+from covidmtl_core.benchmarks.recording import interleaved, record
 from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
 from covidmtl_core.radiomics.features import extract_features
 

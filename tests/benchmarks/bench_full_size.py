@@ -10,13 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import pandas as pd
 from joblib import Parallel, delayed
-from recording import record
 
 from covidmtl_core import book, cohort, experiments, phantom_cohort
+from covidmtl_core.benchmarks.recording import record
 from covidmtl_core.dicom import write_series
 from covidmtl_core.phantom import SIZE, make_phantom
 

@@ -11,14 +11,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import torch
 import torch.nn.functional as F
-from plain_shift3d import plain_squeezenet3d
-from recording import interleaved, record, with_warm_allocator
 from torch import Tensor, nn
 
+from covidmtl_core.benchmarks.plain_shift3d import plain_squeezenet3d
+from covidmtl_core.benchmarks.recording import interleaved, record, with_warm_allocator
 from covidmtl_core.losses import MeanLoss, task_losses
 from covidmtl_core.models import CovidMTL, for_inference, shiftnet3d
 from covidmtl_core.shift3d import Shift3D
@@ -68,7 +66,7 @@ def networks() -> dict[str, nn.Module]:
 def peak_gib(name: str) -> float:
     """Largest memory of a fresh process, at glibc's defaults, that trains two steps, GiB."""
     code = (
-        "import resource, torch, bench_models as b\n"
+        "import resource, torch; from covidmtl_core.benchmarks import bench_models as b\n"
         f"step = b.training_step(b.networks()[{name!r}], torch.randn(b.SIZE))\n"
         "step(); step()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)"

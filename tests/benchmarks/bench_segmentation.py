@@ -8,16 +8,12 @@ figures go to book/recorded, where the chapter on segmentation shows them.
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import SimpleITK as sitk
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import plain_segmentation as plain
-from recording import interleaved, record
-
+from covidmtl_core.benchmarks import plain_segmentation as plain
+from covidmtl_core.benchmarks.recording import interleaved, record
 from covidmtl_core.phantom import draw_patient, make_phantom
 from covidmtl_core.segmentation import segment_lungs
 

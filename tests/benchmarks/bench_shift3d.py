@@ -6,18 +6,15 @@ freed memory kept. On a machine with CUDA the paper's sizes are timed there too,
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.nn.functional as F
-from plain_shift3d import loop
-from recording import interleaved, record, with_warm_allocator
 from torch import Tensor
 
 from covidmtl_core import shift3d as s3d
+from covidmtl_core.benchmarks.plain_shift3d import loop
+from covidmtl_core.benchmarks.recording import interleaved, record, with_warm_allocator
 from covidmtl_core.shift3d import Shifts
 
 SHAPE = (4, 64, 50, 62, 62)

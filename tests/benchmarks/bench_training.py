@@ -15,8 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-sys.path.insert(0, str(Path(__file__).parent))
-
 import numpy as np
 import pandas as pd
 import pydicom
@@ -25,9 +23,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from pydicom.encaps import generate_frames
-from recording import interleaved, record
 
 from covidmtl_core import ct, shift3d, store
+from covidmtl_core.benchmarks.recording import interleaved, record
 from covidmtl_core.losses import MeanLoss, task_losses
 from covidmtl_core.models import CovidMTL
 from covidmtl_core.phantom import draw_patient, make_phantom
@@ -63,7 +61,8 @@ def read_slices(path: Path) -> NDArray[np.int16]:
 def peak_gib(folder: Path) -> tuple[float, float]:
     """Largest memory of a process that trains, GiB, and its time for a step, s."""
     code = (
-        "import sys; import bench_training as b; from pathlib import Path\n"
+        "import sys; from pathlib import Path\n"
+        "from covidmtl_core.benchmarks import bench_training as b\n"
         "history = b.train_two(Path(sys.argv[1])).history.iloc[-1]\n"
         "print(history['gib'], history['seconds'] / 2)"
     )

@@ -1,15 +1,14 @@
 """The networks: exact sizes, equality with plain PyTorch, checkpointing, inference, transfer."""
 
 import copy
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from covidmtl_core import shift3d as s3d
+from covidmtl_core.benchmarks.plain_shift3d import plain_squeezenet3d
 from covidmtl_core.models import (
     CovidMTL,
     decovnet,
@@ -21,10 +20,6 @@ from covidmtl_core.models import (
     transfer_severity,
 )
 from covidmtl_core.shift3d import Shift3D
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from plain_shift3d import plain_squeezenet3d
 
 
 def size(model: nn.Module) -> int:

@@ -1,7 +1,8 @@
 """Execute the chapters at their defaults and keep only the outputs that tests compare.
 
-Run by `make notebooks` after a chapter was edited: it also removes every other output, execution
-counts and editor metadata, so that a chapter's diff shows what its author changed.
+Run by `make notebooks` after a chapter was edited: it also writes the first code cell anew, and
+removes every other output, execution counts and editor metadata, so that a chapter's diff shows
+what its author changed.
 """
 
 import os
@@ -11,8 +12,10 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
+from covidmtl_core import pages
+
 BOOK = Path(__file__).resolve().parents[2] / "book"
-CELL_METADATA = {"tags", "mystnb"}
+CELL_METADATA = {"tags", "mystnb", "jupyter", "cellView"}
 
 
 def clean(notebook: nbformat.NotebookNode) -> None:
@@ -36,6 +39,7 @@ def main() -> None:
         os.environ["COVIDMTL_RESULTS"] = results
         for path in sorted(BOOK.glob("*.ipynb")):
             notebook = nbformat.read(path, as_version=4)
+            notebook.cells[1].source = pages.set_up_cell()
             NotebookClient(notebook, kernel_name="python3").execute(cwd=str(BOOK))
             clean(notebook)
             nbformat.write(notebook, path)

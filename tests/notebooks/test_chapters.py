@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from covidmtl_core import book, claims
+from covidmtl_core import book, claims, pages
 
 BOOK = Path(__file__).resolve().parents[2] / "book"
-CHAPTERS = book.chapters(BOOK)
+CHAPTERS = pages.chapters(BOOK)
 PAGES = sorted([*BOOK.glob("*.md"), *BOOK.glob("*.ipynb")])
 QUOTED = re.compile(r"([\d.,]+(?:e-\d+)?)[ %]*<!-- (paper|released|recorded):([\w.,/ ]+?) -->")
 

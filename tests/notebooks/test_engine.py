@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from covidmtl_core import book, claims, fetch
+from covidmtl_core import book, claims, fetch, pages
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def test_second_run_has_nothing_to_do(phantom_book: Path, repository: Path) -> N
 
 
 def test_pages_are_clean(phantom_book: Path, repository: Path) -> None:
-    names = [*book.chapters(repository / "book"), *(p.stem for p in repository.glob("book/*.md"))]
+    names = [*pages.chapters(repository / "book"), *(p.stem for p in repository.glob("book/*.md"))]
     for tier, folder in built_books(phantom_book, repository):
         for name in names:
             page = (folder / f"{name}.html").read_text(encoding="utf-8")
@@ -116,7 +116,7 @@ def test_pages_are_clean(phantom_book: Path, repository: Path) -> None:
 
 def test_links_for_readers_point_to_the_sources(phantom_book: Path) -> None:
     page = (phantom_book / "_build" / "html" / "diagnosis.html").read_text()
-    project = book.REPOSITORY.removeprefix("https://github.com/")
+    project = pages.address().removeprefix("https://github.com/")
     assert (
         f"https://colab.research.google.com/github/{project}/blob/main/book/diagnosis.ipynb" in page
     )

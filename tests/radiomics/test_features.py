@@ -1,4 +1,3 @@
-import sys
 import warnings
 from pathlib import Path
 
@@ -24,9 +23,6 @@ from covidmtl_core.segmentation import segment_lungs
 needs_pyradiomics = pytest.mark.usefixtures("pyradiomics")
 
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-
 @pytest.fixture(scope="module")
 def pyradiomics() -> None:
     pytest.importorskip("radiomics", reason="pyradiomics is not installed")
@@ -34,7 +30,7 @@ def pyradiomics() -> None:
 
 def as_released(image: sitk.Image, mask: sitk.Image) -> pd.Series:
     """The plain reference; imported late, since it needs pyradiomics."""
-    from plain_features import as_released
+    from covidmtl_core.benchmarks.plain_features import as_released
 
     return as_released(image, mask)
 

@@ -1,0 +1,166 @@
+"""The rendered book: executed chapters and pages put together as a source for Jupyter Book.
+
+What Sphinx then adds to the pages is in `sphinx_extension`.
+"""
+
+import json
+import shutil
+from importlib import metadata, resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from covidmtl_core import claims
+from covidmtl_core.book import banner_html, results_folder
+
+ARCHIVE = "covid-mtl-book.zip"
+
+SET_UP = """\
+# On Colab, install what is missing, leave the rest alone; elsewhere do nothing.
+import sys
+from importlib import util
+from importlib.metadata import version
+
+if "google.colab" in sys.modules and not util.find_spec("covidmtl_core"):
+    import os
+    import subprocess
+
+    source = os.environ.get("COVIDMTL_INSTALL") or (
+        "git+{address}"
+    )
+    core = f"covidmtl-core[chapters,volumes] @ {{source}}"
+    keep = [f"{{name}}=={{version(name)}}" for name in ("numpy", "torch")]
+    pip = [sys.executable, "-m", "pip", "install", "-q"]
+    subprocess.run([*pip, core, *keep], check=True)
+"""
+
+
+def address() -> str:
+    """Of the repository, as `pyproject.toml` has it, and no other file."""
+    labelled = metadata.metadata("covidmtl-core").get_all("Project-URL") or []
+    return dict(text.split(", ", 1) for text in labelled)["Repository"]
+
+
+def set_up_cell() -> str:
+    """The source of every chapter's first code cell."""
+    return SET_UP.format(address=address()).rstrip("\n")
+
+
+def chapters(source: Path) -> list[str]:
+    """Names of the notebooks that `_toc.yml` lists, in reading order."""
+    toc = yaml.safe_load((source / "_toc.yml").read_text(encoding="utf-8"))
+    names = [entry["file"] for part in toc["parts"] for entry in part["chapters"]]
+    return [name for name in names if (source / f"{name}.ipynb").is_file()]
+
+
+def assemble(source: Path, runs: Path, tier: str) -> Path:
+    """Put executed chapters and pages together as a source that Jupyter Book can render.
+
+    Pages without code get the banner below their title; a chapter that was not executed is
+    copied with a note that says so.
+
+    Args:
+        source: The folder `book` of the repository.
+        runs: The folder with the executed notebooks of one tier.
+        tier: Their tier.
+
+    Returns:
+        The assembled folder, `book` within `runs`, with a `_config.yml` of its own.
+    """
+    target = runs / "book"
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in ("_toc.yml", "references.bib"):
+        shutil.copy(source / name, target)
+    shutil.copytree(source / "_static", target / "_static")
+    _copy_scripts(target / "_static")
+    config = yaml.safe_load((source.parent / "_config.yml").read_text(encoding="utf-8"))
+    config["repository"]["url"] = address()
+    claims.write_atomically(target / "_config.yml", yaml.safe_dump(config, sort_keys=False))
+    for page in source.glob("*.md"):
+        title, _, body = page.read_text(encoding="utf-8").partition("\n")
+        claims.write_atomically(target / page.name, f"{title}\n\n{banner_html(tier)}\n{body}")
+    glance = results_folder(tier, "scoreboard") / "at_a_glance.md"
+    text = (
+        glance.read_text() if glance.is_file() else "The scoreboard was not executed in this build."
+    )
+    claims.write_atomically(target / "at_a_glance.txt", text)
+    for name in chapters(source):
+        executed = (runs / f"{name}.done").is_file()
+        path = (runs if executed else source) / f"{name}.ipynb"
+        notebook = json.loads(path.read_text(encoding="utf-8"))
+        if not executed:
+            note = "```{warning}\nThis chapter was not executed in this build.\n```"
+            cell = {"cell_type": "markdown", "id": "not-executed", "metadata": {}, "source": note}
+            notebook["cells"].insert(1, cell)
+        _fold_default_parameters(notebook["cells"])
+        claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
+    return target
+
+
+def _copy_scripts(static: Path) -> None:
+    """plotly and MathJax, so that the pages need no network."""
+    with resources.as_file(resources.files("plotly") / "package_data" / "plotly.min.js") as script:
+        shutil.copy(script, static)
+    packed = resources.files("sphinx-mathjax-offline") / "static" / "mathjax"
+    with resources.as_file(packed) as mathjax:
+        for name in ("tex-chtml.js", "output/chtml/fonts"):
+            path, copied = mathjax / name, static / "mathjax" / name
+            copied.parent.mkdir(parents=True, exist_ok=True)
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, copied)
+
+
+def pack(html: Path) -> Path:
+    """Put the built pages into a zip beside them, for reading without a network."""
+    (html / ARCHIVE).unlink(missing_ok=True)
+    packed = shutil.make_archive(
+        str(html.parent / Path(ARCHIVE).stem), "zip", html.parent, base_dir=html.name
+    )
+    return Path(shutil.move(packed, html / ARCHIVE))
+
+
+def _fold_default_parameters(cells: list[dict[str, Any]]) -> None:
+    """Where papermill injected parameters, show those and fold the defaults they replace."""
+    tags = [cell["metadata"].get("tags", []) for cell in cells]
+    for default, injected in pairwise(tags):
+        if "injected-parameters" in injected:
+            injected += [tag for tag in default if tag == "remove-cell"]
+            default.append("hide-input")
+
+
+def failures(runs: Path, steps: dict[str, list[str]]) -> list[str]:
+    """One line for each step that did not finish: what happened and where to look.
+
+    Args:
+        runs: The folder with the executed notebooks of one tier, and the logs of all steps.
+        steps: Chapters and what comes before them, each after those it builds on; and those.
+    """
+    lines: list[str] = []
+    unfinished: set[str] = set()
+    for name, needed in steps.items():
+        notebook, log = runs / f"{name}.ipynb", runs / f"{name}.log"
+        if unfinished & set(needed):
+            lines.append(f"{name} was not run, because something it builds on failed")
+        elif not (runs / f"{name}.done").is_file():
+            looked_at = [
+                str(path) for path in (notebook, log) if path != notebook or path.is_file()
+            ]
+            lines.append(f"{name} failed{_error_in(notebook, log)}: see {' and '.join(looked_at)}")
+        else:
+            continue
+        unfinished.add(name)
+    return lines
+
+
+def _error_in(notebook: Path, log: Path) -> str:
+    """The error that ended an executed notebook, in brackets; else the last line of its log."""
+    try:
+        cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        outputs = (output for cell in cells for output in cell.get("outputs", ()))
+        errors = [f"{o['ename']}: {o['evalue']}" for o in outputs if o["output_type"] == "error"]
+    except (OSError, ValueError, KeyError):
+        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
+        errors = [line for line in text.splitlines() if line.strip()]
+    return f" ({errors[-1]})" if errors else ""

@@ -1,0 +1,1 @@
+"""Benchmarks and the plain implementations they compare with; also `covidmtl_core.benchmarks`."""
