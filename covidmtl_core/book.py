@@ -56,6 +56,7 @@ SIZES = {
     "n_epochs_features": {"phantom": 10, "released": 80, "volumes": 80},
     "n_runs": {"phantom": 2, "released": 10, "volumes": 10},
     "n_splits": {"phantom": 5, "released": 30, "volumes": 30},
+    "n_rounds": {"phantom": 2, "released": 5, "volumes": 5},
     "n_repeats": {"phantom": 1, "released": 5, "volumes": 5},
     "n_bootstrap": {"phantom": 200, "released": 1000, "volumes": 1000},
 }

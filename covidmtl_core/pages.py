@@ -14,6 +14,7 @@ import yaml
 
 from covidmtl_core import claims
 from covidmtl_core.book import banner_html, results_folder
+from covidmtl_core.errors import ClaimError
 
 ARCHIVE = "covid-mtl-book.zip"
 
@@ -87,6 +88,7 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
         glance.read_text() if glance.is_file() else "The scoreboard was not executed in this build."
     )
     claims.write_atomically(target / "at_a_glance.txt", text)
+    claims.write_atomically(target / "contributed.txt", contributed(source / "contributed"))
     for name in chapters(source):
         executed = (runs / f"{name}.done").is_file()
         path = (runs if executed else source) / f"{name}.ipynb"
@@ -98,6 +100,39 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
         _fold_default_parameters(notebook["cells"])
         claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
     return target
+
+
+def contributed(folder: Path) -> str:
+    """What readers measured on CT volumes of their own, a line a contribution, as Markdown.
+
+    Args:
+        folder: With a folder of `claims.json` files for each contribution.
+
+    Raises:
+        ClaimError: A file is damaged, its numbers are not of CT volumes, or the code that made it
+            was changed after its commit.
+    """
+    lines = []
+    for one in sorted(folder.glob("*/")):
+        records = claims.load_records(one)
+        known = claims.load_claims()
+        verdicts = [claims.verdict(known[name], record) for name, record in records.items()]
+        counts = ", ".join(
+            f"{v} {verdicts.count(v)}" for v in dict.fromkeys(filter(None, verdicts))
+        )
+        if any(record.data != "volumes" for record in records.values()):
+            raise ClaimError(f"{one} has numbers that were not measured on CT volumes.")
+        for path in sorted(one.rglob("claims.json")):
+            made = json.loads(path.read_text(encoding="utf-8"))["provenance"]
+            if made["commit"].endswith("-dirty") or made["commit"] == "unknown":
+                raise ClaimError(f"{path} was not made at a commit: run it again at one.")
+        lines.append(
+            f"| {one.name} | {len(records)} | {counts} | {made['device']} | {made['date']} |"
+        )
+    if not lines:
+        return "Nobody yet: every number of a network on patients' scans is still open.\n"
+    head = ["| who | numbers | verdicts | device | date |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *lines]) + "\n"
 
 
 def _copy_scripts(static: Path) -> None:

@@ -7,12 +7,14 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
     from IPython.display import HTML
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 PALETTE = {
     "blue": "#0072B2",
@@ -72,6 +74,61 @@ def apply() -> None:
         },
     )
     set_matplotlib_formats("retina")
+
+
+def outline(
+    ax: "Axes",
+    image: "NDArray[Any]",
+    masks: "Sequence[tuple[str, NDArray[Any]]]",
+    window: tuple[float, float] = (-1050, 250),
+) -> None:
+    """Draw a plane of a scan with outlines.
+
+    Args:
+        ax: Where to.
+        image: (rows, columns), HU.
+        masks: Colour of `PALETTE` and boolean mask of each outline.
+        window: HU shown black and white.
+    """
+    ax.imshow(image, cmap="gray", vmin=window[0], vmax=window[1])
+    for colour, mask in masks:
+        if mask.any():
+            ax.contour(mask, [0.5], colors=[PALETTE[colour]], linewidths=1)
+    ax.axis("off")
+
+
+def lung_surfaces(labels: "NDArray[Any]", spacing_mm: float, step_mm: float = 5.0) -> "go.Figure":
+    """Both lungs as surfaces, in mm, for `turnable`.
+
+    Args:
+        labels: (D, H, W), feet first; 1 right and 2 left lung.
+        spacing_mm: Of its voxels.
+        step_mm: Roughly the length of a surface's edges.
+    """
+    import numpy as np
+    import plotly.graph_objects as go
+    from skimage.measure import marching_cubes
+
+    figure = go.Figure()
+    step = max(1, round(step_mm / spacing_mm))
+    for label, name, colour in ((1, "right lung", "orange"), (2, "left lung", "sky")):
+        mask = np.pad(labels == label, step).astype(np.float32)
+        if not mask.any():
+            continue
+        corners, faces, *_ = marching_cubes(
+            mask, 0.5, spacing=(spacing_mm,) * 3, step_size=step, allow_degenerate=False
+        )
+        z, y, x = corners.astype(np.float32).T
+        i, j, k = faces.astype(np.int32).T
+        mesh = {"x": x, "y": y, "z": z, "i": i, "j": j, "k": k}
+        figure.add_mesh3d(**mesh, color=PALETTE[colour], name=name, showlegend=True)
+    axes = {f"{axis}axis": {"title": {"text": f"{axis} (mm)"}} for axis in "xyz"}
+    figure.update_layout(
+        scene={**axes, "aspectmode": "data", "camera": {"eye": {"x": 0.2, "y": -1.9, "z": 0.3}}},
+        margin={"l": 0, "r": 0, "t": 0, "b": 0},
+        legend={"orientation": "h"},
+    )
+    return figure
 
 
 def turnable(figure: "go.Figure", height: int, title: str) -> "HTML":

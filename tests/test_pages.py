@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from covidmtl_core import book, pages
+from covidmtl_core import book, claims, pages
+from covidmtl_core.claims import Record
+from covidmtl_core.errors import ClaimError
 
 GLOSSARY = """# Glossary
 
@@ -22,8 +24,6 @@ Batch norm
   A layer.
 ```
 """
-    "# Glossary\n\n```{glossary}\nCT\n  Computed tomography. More.\n\nBatch norm\n  A layer.\n```\n"
-)
 
 
 def code(source: str, output: str, name: str = "") -> dict:
@@ -116,3 +116,32 @@ def test_the_assembled_book_needs_no_network(repository: Path, tmp_path: Path) -
     assert script.stat().st_size > 500_000
     assert len(list(script.parent.rglob("*.woff"))) > 10
     assert (target / "_static" / "plotly.min.js").is_file()
+
+
+def contribution(folder: Path, data: str, commit: str) -> Path:
+    record = Record("table3.covidmtl.ct.accuracy", data, 90.1, low=89.0, high=91.0, seeds=10)
+    made = {"commit": commit, "device": "a card", "date": "2026-11-28"}
+    claims.save_records(folder / "someone" / "diagnosis" / "claims.json", [record], made)
+    return folder
+
+
+def test_contributions_are_listed_with_their_verdicts(tmp_path: Path) -> None:
+    assert "Nobody yet" in pages.contributed(tmp_path / "none")
+    table = pages.contributed(contribution(tmp_path, "volumes", "abc1234"))
+    assert "| someone | 1 | agrees 1 | a card | 2026-11-28 |" in table
+
+
+@pytest.mark.parametrize(
+    ("data", "commit", "message"),
+    [
+        ("phantom", "abc1234", "not measured on CT volumes"),
+        ("volumes", "abc1234-dirty", "not made at a commit"),
+    ],
+)
+def test_contributions_are_refused(tmp_path: Path, data: str, commit: str, message: str) -> None:
+    with pytest.raises(ClaimError, match=message):
+        pages.contributed(contribution(tmp_path, data, commit))
+
+
+def test_what_was_contributed_is_whole(repository: Path) -> None:
+    assert pages.contributed(repository / "book" / "contributed")

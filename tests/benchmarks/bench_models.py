@@ -63,6 +63,20 @@ def networks() -> dict[str, nn.Module]:
     return {"plain": plain_squeezenet3d(), "ours": shiftnet3d(shift=Shift3D(p=1.0))}
 
 
+def training_cases(x: Tensor) -> dict[str, Callable[[], None]]:
+    """A training step of the plain network, of ours, and of one network for all tasks."""
+    cases = {name: training_step(network, x) for name, network in networks().items()}
+    cases |= {task: training_step(shiftnet3d(n), x) for task, n in TASKS.items()}
+    return cases | {"all": multitask_step(CovidMTL(TASKS, use_features=False), x)}
+
+
+def prediction_cases(x: Tensor) -> dict[str, Callable[[], None]]:
+    """A prediction by the plain network, by ours, and by ours with its norms folded."""
+    both = networks()
+    both |= {"folded": for_inference(both["ours"])}
+    return {name: prediction(network, x) for name, network in both.items()}
+
+
 def peak_gib(name: str) -> float:
     """Largest memory of a fresh process, at glibc's defaults, that trains two steps, GiB."""
     code = (
@@ -84,13 +98,10 @@ def main(rounds: int) -> None:
     both = networks()
     measured = [[peak_gib(name) for name in both] for _ in range(rounds)]
     peaks = dict(zip(both, map(statistics.median, zip(*measured, strict=True)), strict=True))
-    training = interleaved({name: training_step(n, x) for name, n in both.items()}, rounds)
-    folded = for_inference(both["ours"])
-    predictors = both | {"folded": folded, "compiled": torch.compile(folded)}
-    predicting = interleaved({name: prediction(n, x) for name, n in predictors.items()}, rounds)  # type: ignore[arg-type]
-    steps = {task: training_step(shiftnet3d(n), x) for task, n in TASKS.items()}
-    steps["all"] = multitask_step(CovidMTL(TASKS, use_features=False), x)
-    cost = interleaved(steps, rounds)
+    training = interleaved(training_cases(x), rounds)
+    compiled = {"compiled": prediction(torch.compile(for_inference(both["ours"])), x)}  # type: ignore[arg-type]
+    predicting = interleaved(prediction_cases(x) | compiled, rounds)
+    cost = {name: training[name] for name in (*TASKS, "all")}
     three = sum(cost[task] for task in TASKS)
     figures = {
         "volume": SIZE,

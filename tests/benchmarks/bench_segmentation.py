@@ -24,20 +24,25 @@ def plain_released(image: sitk.Image) -> np.ndarray:
     return plain.refine(volume, plain.classical(volume))
 
 
-def main(rounds: int) -> None:
-    warnings.simplefilter("ignore")
-    image = make_phantom(draw_patient(3, burden=0.2)).image
-    methods = {
+def cases_of(image: sitk.Image, masks: dict[str, np.ndarray]) -> dict[str, Callable[[], None]]:
+    """Each method on a scan at 1 mm; its mask is put into `masks`."""
+    methods: dict[str, Callable[[sitk.Image], np.ndarray]] = {
         "plain": plain_released,
         "released": lambda i: sitk.GetArrayFromImage(segment_lungs(i, "released")) > 0,
         "refined": lambda i: sitk.GetArrayFromImage(segment_lungs(i, "refined")) > 0,
     }
-    masks: dict[str, np.ndarray] = {}
 
     def keep(name: str) -> Callable[[], None]:
         return lambda: masks.update({name: methods[name](image)})
 
-    cases = {name: keep(name) for name in methods}
+    return {name: keep(name) for name in methods}
+
+
+def main(rounds: int) -> None:
+    warnings.simplefilter("ignore")
+    image = make_phantom(draw_patient(3, burden=0.2)).image
+    masks: dict[str, np.ndarray] = {}
+    cases = cases_of(image, masks)
     median = interleaved(cases, rounds, warm=["released", "refined"])
     figures = {
         "voxels": image.GetSize()[::-1],

@@ -49,19 +49,26 @@ def without_fast_path(call: Callable[[], None]) -> Callable[[], None]:
     return run
 
 
-def on_cpu(rounds: int) -> dict[str, Any]:
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+def cpu_cases(shape: tuple[int, ...] = SHAPE) -> dict[str, Callable[[], Any]]:
+    """Copying the tensor and its gradient, Shift3D, and the stem, each forward and backward."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     gradient = torch.randn_like(x)
     pooled = torch.randn_like(F.max_pool3d(x, 3, 2, 1))
     cases: dict[str, Callable[[], Any]] = {"two clones": lambda: (x.clone(), gradient.clone())}
-    for name, plan in plans(SHAPE).items():
+    for name, plan in plans(shape).items():
         run = step(x, lambda t, plan=plan: s3d.shift3d(t, plan), gradient)  # type: ignore[misc]
         cases |= {f"fast, {name}": run, f"plain, {name}": without_fast_path(run)}
-    every = plans(SHAPE)["every sample"]
+    every = plans(shape)["every sample"]
     cases["ReLU, max-pool"] = step(x, lambda t: F.max_pool3d(F.relu(t), 3, 2, 1), pooled)
     cases["ReLU, shift, max-pool"] = step(x, lambda t: s3d.relu_shift_max_pool(t, every), pooled)
-    seconds = interleaved(cases, rounds)
-    seconds |= interleaved({"loop": step(x, lambda t: loop(t, *every), gradient)}, 1)
+    cases["loop"] = step(x, lambda t: loop(t, *every), gradient)
+    return cases
+
+
+def on_cpu(rounds: int) -> dict[str, Any]:
+    cases = cpu_cases()
+    slow = {"loop": cases.pop("loop")}
+    seconds = interleaved(cases, rounds) | interleaved(slow, 1)
     clones, pool = seconds["two clones"], seconds["ReLU, max-pool"]
     return {
         "shape": SHAPE,

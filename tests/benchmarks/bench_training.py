@@ -58,6 +58,14 @@ def read_slices(path: Path) -> NDArray[np.int16]:
     return np.minimum(whole[box], store.CAP).astype(np.int16)
 
 
+def crop_cases(folder: Path) -> dict[str, Callable[[], NDArray[np.int16]]]:
+    """The same crop from both formats."""
+    return {
+        "slices": lambda: read_slices(folder / "released"),
+        "store": lambda: read_crop(folder, START, SIZE),
+    }
+
+
 def peak_gib(folder: Path) -> tuple[float, float]:
     """Largest memory of a process that trains, GiB, and its time for a step, s."""
     code = (
@@ -128,13 +136,7 @@ def main(rounds: int) -> None:
         folder = Path(named)
         write_scans(folder)
         same = np.array_equal(read_slices(folder / "released"), read_crop(folder, START, SIZE))
-        seconds = interleaved(
-            {
-                "slices": lambda: read_slices(folder / "released"),
-                "store": lambda: read_crop(folder, START, SIZE),
-            },
-            rounds,
-        )
+        seconds = interleaved(crop_cases(folder), rounds)
         sizes = {
             "slices": (folder / "released").stat().st_size / 1e6,
             "store": sum((folder / f"{n}.b2nd").stat().st_size for n in ("volume", "lungs")) / 1e6,

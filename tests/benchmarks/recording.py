@@ -3,13 +3,14 @@
 import json
 import os
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Callable, Collection
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from covidmtl_core import book
 
@@ -30,10 +31,10 @@ def with_warm_allocator() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | WARM)
 
 
-def interleaved(
+def rounds_of(
     cases: dict[str, Callable[[], Any]], rounds: int, warm: Collection[str] | None = None
-) -> dict[str, float]:
-    """Median seconds of each call, in turns, after one that is not counted.
+) -> pd.DataFrame:
+    """Seconds of each call (columns) in each round, in turns, after one that is not counted.
 
     Args:
         cases: Name to call.
@@ -42,13 +43,38 @@ def interleaved(
     """
     for name in cases if warm is None else warm:
         cases[name]()
-    times: dict[str, list[float]] = {name: [] for name in cases}
+    times: list[dict[str, float]] = []
     for _ in range(rounds):
+        row = {}
         for name, call in cases.items():
             start = time.perf_counter()
             call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(found) for name, found in times.items()}
+            row[name] = time.perf_counter() - start
+        times.append(row)
+    return pd.DataFrame(times)
+
+
+def interleaved(
+    cases: dict[str, Callable[[], Any]], rounds: int, warm: Collection[str] | None = None
+) -> dict[str, float]:
+    """Median seconds of each call; see `rounds_of`."""
+    return rounds_of(cases, rounds, warm).median().to_dict()
+
+
+def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Times against those of one call in the same round.
+
+    Args:
+        times: From `rounds_of`.
+        base: The call compared with.
+
+    Returns:
+        A line for each other call: `ratio`, the median over rounds, and `low` and `high`, its
+        quartiles.
+    """
+    shares = times.drop(columns=base).div(times[base], axis=0)
+    found = shares.quantile([0.5, 0.25, 0.75]).T
+    return found.set_axis(["ratio", "low", "high"], axis=1)
 
 
 def record(name: str, figures: dict[str, Any], packages: tuple[str, ...], device: str = "") -> None:
