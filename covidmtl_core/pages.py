@@ -76,7 +76,7 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
     for name in ("_toc.yml", "references.bib"):
         shutil.copy(source / name, target)
     shutil.copytree(source / "_static", target / "_static")
-    _copy_scripts(target / "_static")
+    _copy_scripts(target / "vendor" / "vendor")
     config = yaml.safe_load((source.parent / "_config.yml").read_text(encoding="utf-8"))
     config["repository"]["url"] = address()
     claims.write_atomically(target / "_config.yml", yaml.safe_dump(config, sort_keys=False))
@@ -135,16 +135,19 @@ def contributed(folder: Path) -> str:
     return "\n".join([*head, *lines]) + "\n"
 
 
-def _copy_scripts(static: Path) -> None:
-    """plotly and MathJax, so that the pages need no network."""
+def _copy_scripts(target: Path) -> None:
+    """plotly and MathJax, so that the pages need no network.
+
+    Not into `_static`: Jupyter Book would load every script there into every page.
+    """
+    target.mkdir(parents=True)
     with resources.as_file(resources.files("plotly") / "package_data" / "plotly.min.js") as script:
-        shutil.copy(script, static)
+        shutil.copy(script, target)
     packed = resources.files("sphinx-mathjax-offline") / "static" / "mathjax"
+    fonts = Path("output", "chtml", "fonts", "woff-v2")
     with resources.as_file(packed) as mathjax:
-        for name in ("tex-chtml.js", "output/chtml/fonts"):
-            path, copied = mathjax / name, static / "mathjax" / name
-            copied.parent.mkdir(parents=True, exist_ok=True)
-            (shutil.copytree if path.is_dir() else shutil.copy)(path, copied)
+        shutil.copytree(mathjax / fonts, target / "mathjax" / fonts)
+        shutil.copy(mathjax / "tex-chtml.js", target / "mathjax")
 
 
 def pack(html: Path) -> Path:

@@ -163,6 +163,16 @@ def _meanings(app: Sphinx) -> dict[str, tuple[str, str]]:
     return known
 
 
+def drop_thebe(
+    app: Sphinx, page: str, template: str, context: dict[str, Any], doctree: Any
+) -> None:
+    """Leave out Thebe, which Jupyter Book adds twice: it would run cells on somebody's server."""
+    scripts = context.get("script_files", [])
+    context["script_files"] = [
+        script for script in scripts if "thebe" not in f"{script} {script.attributes}".lower()
+    ]
+
+
 def _visit(self: HTML5Translator, node: nodes.Element) -> None:
     self.visit_figure(node)
 
@@ -177,4 +187,5 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.add_transform(Numbered)
     app.connect("doctree-resolved", name_links)
     app.connect("doctree-resolved", link_terms)
+    app.connect("html-page-context", drop_thebe, priority=900)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -146,7 +146,7 @@ def turnable(figure: "go.Figure", height: int, title: str) -> "HTML":
     page = figure.to_html(include_plotlyjs=False, default_height=height - 20)
     # The script from the web is written into the page before the figure's own is run.
     load = (
-        '<script src="_static/plotly.min.js"></script>'
+        '<script src="vendor/plotly.min.js"></script>'
         f"<script>window.Plotly || document.write('<script src=\"{web}\"><\\/script>')</script>"
     )
     page = page.replace("<body>", f"<body>{load}", 1)

@@ -112,10 +112,12 @@ def test_the_assembled_book_needs_no_network(repository: Path, tmp_path: Path) -
     target = pages.assemble(repository / "book", tmp_path, "phantom")
     config = yaml.safe_load((target / "_config.yml").read_text())
     assert config["repository"]["url"] == pages.address()
-    script = target / "_static" / config["sphinx"]["config"]["mathjax_path"]
+    (extra,) = config["sphinx"]["config"]["html_extra_path"]
+    script = target / extra / "_static" / config["sphinx"]["config"]["mathjax_path"]
+    (target / extra / "_static").mkdir()  # where the page's address begins
     assert script.stat().st_size > 500_000
     assert len(list(script.parent.rglob("*.woff"))) > 10
-    assert (target / "_static" / "plotly.min.js").is_file()
+    assert (target / extra / "vendor" / "plotly.min.js").is_file()
 
 
 def contribution(folder: Path, data: str, commit: str) -> Path:

@@ -26,5 +26,5 @@ def test_a_figure_to_turn_is_a_frame_with_a_way_to_plotly() -> None:
     import plotly.graph_objects as go
 
     shown = style.turnable(go.Figure(go.Scatter(y=[1, 2])), 300, "A line").data
-    assert "_static/plotly.min.js" in shown and "https://cdn.plot.ly/plotly-" in shown
+    assert "vendor/plotly.min.js" in shown and "https://cdn.plot.ly/plotly-" in shown
     assert 'title="A line"' in shown and len(shown) < 50_000

@@ -1,8 +1,11 @@
-"""The built book in a real browser, at desk and phone width."""
+"""The built book in a real browser, at desk and phone width, from the disk: nothing is served."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -28,21 +31,78 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module", params=SIZES)
 def browser(request: pytest.FixtureRequest) -> Iterator[webdriver.Chrome]:
+    yield from browser_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def desk() -> Iterator[webdriver.Chrome]:
+    """For what does not depend on the width."""
+    yield from browser_of(1280)
+
+
+def browser_of(width: int) -> Iterator[webdriver.Chrome]:
     options = Options()
     options.binary_location = shutil.which("chromium") or ""
     for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking"):
         options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    size = {"width": request.param, "height": SIZES[request.param], "deviceScaleFactor": 1}
-    driver.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride", {**size, "mobile": request.param < 600}
-    )
+    size = {"width": width, "height": SIZES[width], "deviceScaleFactor": 1}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**size, "mobile": width < 600})
     yield driver
     driver.quit()
 
 
+def eventually(browser: webdriver.Chrome, script: str, wanted: Callable[[object], bool]) -> object:
+    """What a script returns, once it is as wanted, or after ten seconds."""
+    for _ in range(100):
+        found = browser.execute_script(script)
+        if wanted(found):
+            break
+        time.sleep(0.1)
+    return found
+
+
 def test_there_are_pages() -> None:
     assert {"intro", "cohort", "scoreboard"} <= set(PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_loads_whole_and_from_the_disk_alone(desk: webdriver.Chrome, page: str) -> None:
+    for log in ("browser", "performance"):
+        desk.get_log(log)
+    desk.get((HTML / f"{page}.html").as_uri())
+    typeset = (
+        "return [...document.querySelectorAll('.math')]"
+        ".every(e => e.querySelector('mjx-container'))"
+    )
+    assert eventually(desk, typeset, bool), "formulas are not set"
+    events = [json.loads(entry["message"])["message"] for entry in desk.get_log("performance")]
+    asked = [
+        e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"
+    ]
+    elsewhere = [url for url in asked if not url.startswith(("file:", "data:", "blob:", "about:"))]
+    assert elsewhere == [], "needs the network"
+    failed = [e["params"] for e in events if e["method"] == "Network.loadingFailed"]
+    assert failed == []
+    errors = [entry["message"] for entry in desk.get_log("browser") if entry["level"] == "SEVERE"]
+    assert errors == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_can_be_read_by_everybody(desk: webdriver.Chrome, page: str) -> None:
+    """Contrast and names of pictures, links and controls, by axe-core."""
+    desk.get((HTML / f"{page}.html").as_uri())
+    axe = resources.files("axe_core_python") / "axe.min.js"
+    desk.execute_script(axe.read_text(encoding="utf-8"))
+    rules = ["color-contrast", "image-alt", "link-name", "label", "frame-title", "select-name"]
+    found = desk.execute_async_script(
+        "const [rules, done] = arguments;"
+        "axe.run('.bd-article', {iframes: false, runOnly: {type: 'rule', values: rules}})"
+        ".then(r => done(r.violations.flatMap(v => v.nodes.map(n => v.id + ': ' + n.html))))",
+        rules,
+    )
+    assert found == []
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -108,3 +168,32 @@ def test_pictures_can_be_scrubbed_without_a_kernel(browser: webdriver.Chrome) ->
     visible, label = browser.execute_script(seen, 0)
     assert visible.index(True) == 0 and sum(visible) == 1
     assert label == "shifted by -8 voxels"
+
+
+def test_search_finds_a_word(desk: webdriver.Chrome) -> None:
+    desk.get((HTML / "search.html").as_uri() + "?q=Dirichlet")
+    links = "return [...document.querySelectorAll('#search-results li a')].map(a => a.href)"
+    found = eventually(desk, links, lambda hrefs: len(hrefs) > 1)  # type: ignore[arg-type]
+    assert any("random_weighted_loss.html" in href for href in found), found  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", ["segmentation", "your_own_scan", "case_study"])
+def test_lungs_can_be_turned(desk: webdriver.Chrome, page: str) -> None:
+    desk.get((HTML / f"{page}.html").as_uri())
+    frame = desk.find_element("css selector", "iframe[srcdoc]")
+    desk.execute_script("arguments[0].scrollIntoView({block: 'center'})", frame)
+    desk.switch_to.frame(frame)
+    eye = (
+        "const g = document.querySelector('.js-plotly-plot');"
+        "return g && g._fullLayout && g._fullLayout.scene ? "
+        "JSON.stringify(g._fullLayout.scene.camera.eye) : null"
+    )
+    before = eventually(desk, eye, bool)
+    assert before, "no surface was drawn"
+    surface = desk.find_element("css selector", ".js-plotly-plot")
+    pull = webdriver.ActionChains(desk)
+    pull.move_to_element_with_offset(surface, -surface.size["width"] // 4, 0)  # the left of two
+    pull.click_and_hold().move_by_offset(60, 20).release().perform()
+    after = eventually(desk, eye, lambda found: found != before)
+    desk.switch_to.default_content()
+    assert after != before, "dragging did not turn it"
