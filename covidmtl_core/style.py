@@ -107,14 +107,16 @@ def lung_surfaces(labels: "NDArray[Any]", spacing_mm: float, step_mm: float = 5.
     """
     import numpy as np
     import plotly.graph_objects as go
+    from scipy.ndimage import gaussian_filter
     from skimage.measure import marching_cubes
 
     figure = go.Figure()
     step = max(1, round(step_mm / spacing_mm))
     for label, name, colour in ((1, "right lung", "orange"), (2, "left lung", "sky")):
-        mask = np.pad(labels == label, step).astype(np.float32)
+        mask = np.pad(labels == label, 3 * step).astype(np.float32)
         if not mask.any():
             continue
+        mask = gaussian_filter(mask, 0.7 * step)
         corners, faces, *_ = marching_cubes(
             mask, 0.5, spacing=(spacing_mm,) * 3, step_size=step, allow_degenerate=False
         )
@@ -124,9 +126,9 @@ def lung_surfaces(labels: "NDArray[Any]", spacing_mm: float, step_mm: float = 5.
         figure.add_mesh3d(**mesh, color=PALETTE[colour], name=name, showlegend=True)
     axes = {f"{axis}axis": {"title": {"text": f"{axis} (mm)"}} for axis in "xyz"}
     figure.update_layout(
-        scene={**axes, "aspectmode": "data", "camera": {"eye": {"x": 0.2, "y": -1.9, "z": 0.3}}},
+        scene={**axes, "aspectmode": "data", "camera": {"eye": {"x": 0.5, "y": -2.2, "z": 0.5}}},
         margin={"l": 0, "r": 0, "t": 0, "b": 0},
-        legend={"orientation": "h"},
+        legend={"orientation": "h", "y": 1},
     )
     return figure
 
@@ -143,7 +145,9 @@ def turnable(figure: "go.Figure", height: int, title: str) -> "HTML":
     from plotly.offline import get_plotlyjs_version
 
     web = f"https://cdn.plot.ly/plotly-{get_plotlyjs_version()}.min.js"
-    page = figure.to_html(include_plotlyjs=False, default_height=height - 20)
+    page = figure.to_html(
+        include_plotlyjs=False, default_height=height - 20, config={"displayModeBar": False}
+    )
     # The script from the web is written into the page before the figure's own is run.
     load = (
         '<script src="vendor/plotly.min.js"></script>'
@@ -180,7 +184,7 @@ def scrubber(figures: "Sequence[Figure]", labels: Sequence[str], alt: str) -> "H
         shown = "block" if place == first else "none"
         images.append(
             f'<img alt="{html.escape(alt)}" title="{html.escape(label)}" '
-            f'style="display:{shown};max-width:100%;height:auto" '
+            f'style="display:{shown};max-width:100%;height:auto;margin:0 auto" '
             f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
         )
     move = (

@@ -44,9 +44,36 @@ def test_chapter_has_its_fixed_parts(chapter: str) -> None:
     sources = ["".join(cell["source"]) for cell in everything]
     assert "google.colab" in sources[1]
     assert "chapter.finish()" in sources[-1]
+    for row in ("Question", "You learn", "Before", "Inputs", "Outputs", "Time"):
+        assert f"| **{row}** |" in "".join(first["source"]), row
     prose = text_of(BOOK / f"{chapter}.ipynb")
-    for heading in ("What we learned", "Exercises", "<details>"):
-        assert heading in prose, heading
+    for heading in ("What we learned", "Check yourself", "Exercises"):
+        assert f"## {heading}\n" in prose, heading
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_each_exercise_has_a_solution_that_is_executed(chapter: str) -> None:
+    prose = text_of(BOOK / f"{chapter}.ipynb").partition("## Exercises\n")[2]
+    asked = re.findall(r"^\*\*(\d)\.\*\* \S", prose, re.M)
+    assert 3 <= len(asked) <= 6
+    solutions = tagged(chapter, "solution")
+    for number, cell in zip(asked, solutions, strict=True):
+        assert "".join(cell["source"]).startswith(f"# @title Solution {number}\n")
+        assert "hide-cell" in cell["metadata"]["tags"]
+        assert cell["metadata"]["jupyter"] == {"source_hidden": True, "outputs_hidden": True}
+        assert cell["metadata"]["cellView"] == "form"
+
+
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_each_question_has_one_right_answer(chapter: str) -> None:
+    prose = text_of(BOOK / f"{chapter}.ipynb")
+    section = prose.partition("## Check yourself\n")[2].partition("\n## ")[0]
+    questions = re.split(r"^\*\*(.+)\*\*$", section, flags=re.M)[1:]
+    assert len(questions) // 2 >= 2
+    for question, answers in zip(questions[::2], questions[1::2], strict=True):
+        feedback = re.findall(r"</summary>\n\n(.+)\n\n</details>", answers)
+        assert len(feedback) >= 2, question
+        assert sum(text.startswith("Right") for text in feedback) == 1, question
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
