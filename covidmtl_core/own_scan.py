@@ -115,7 +115,8 @@ def network(scan: Preprocessed, checkpoint: str | Path, device: str | None = Non
     """What a trained network says of a scan; none comes with this book.
 
     Args:
-        scan: Made ready with voxels of the size that the network was trained on.
+        scan: Made ready as the network's training scans were; a checkpoint does not know how, so
+            neither voxels nor method are checked.
         checkpoint: See `training.load`.
         device: None takes CUDA where there is one.
 
