@@ -179,7 +179,7 @@ def write_report(
     except OSError as error:
         raise DataError(f"{target} cannot be made a folder ({error.strerror}).") from error
     table_mm, table_method = MADE[tier]
-    mm = spacing_mm or table_mm
+    mm = table_mm if spacing_mm is None else spacing_mm
     scan = preprocess_scan(source, mm, given_lungs(lungs) if lungs else method or table_method)
     placed = place(scan.features, cohort.load_features(tier), mm, table_mm)
     said = feature_models(scan.features, tier)

@@ -112,10 +112,9 @@ def contributed(folder: Path) -> str:
         ClaimError: A file is damaged, its numbers are not of CT volumes, or the code that made it
             was changed after its commit.
     """
-    lines = []
+    lines, known = [], claims.load_claims()
     for one in sorted(folder.glob("*/")):
         records = claims.load_records(one)
-        known = claims.load_claims()
         verdicts = [claims.verdict(known[name], record) for name, record in records.items()]
         counts = ", ".join(
             f"{v} {verdicts.count(v)}" for v in dict.fromkeys(filter(None, verdicts))

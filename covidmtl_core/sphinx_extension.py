@@ -7,6 +7,7 @@ term is linked where a page uses it first.
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from docutils import nodes
@@ -146,6 +147,7 @@ def _is_prose(text: nodes.Text) -> bool:
     return paragraph and not code and not any(isinstance(node, _NOT_PROSE) for node in above)
 
 
+@cache
 def _meanings(app: Sphinx) -> dict[str, tuple[str, str]]:
     """Words and their plurals: anchor and first sentence of the entry."""
     if GLOSSARY not in app.env.all_docs:
@@ -173,17 +175,11 @@ def drop_thebe(
     ]
 
 
-def _visit(self: HTML5Translator, node: nodes.Element) -> None:
-    self.visit_figure(node)
-
-
-def _depart(self: HTML5Translator, node: nodes.Element) -> None:
-    self.depart_figure(node)
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
     """Sphinx's entry."""
-    app.add_enumerable_node(DataTable, "table", html=(_visit, _depart))
+    app.add_enumerable_node(
+        DataTable, "table", html=(HTML5Translator.visit_figure, HTML5Translator.depart_figure)
+    )
     app.add_transform(Numbered)
     app.connect("doctree-resolved", name_links)
     app.connect("doctree-resolved", link_terms)

@@ -116,6 +116,8 @@ def test_report_holds_all_of_it_and_warns(
 def test_report_refuses_what_it_cannot_use(files: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(ParameterError, match="tier is 'volumes'"):
         list(own_scan.write_report(files[0], tmp_path, tier="volumes"))
+    with pytest.raises(ParameterError, match="spacing is 0"):
+        list(own_scan.write_report(files[0], tmp_path, spacing_mm=0, tier="phantom"))
     (tmp_path / "taken").write_text("")
     with pytest.raises(DataError, match="taken cannot be made a folder"):
         list(own_scan.write_report(files[0], tmp_path / "taken", spacing_mm=MM, tier="phantom"))

@@ -9,13 +9,13 @@ set -euo pipefail
 repository=$(realpath "$(dirname "$0")/../..")
 root=${1:-/var/tmp/like-colab}
 shift || true
-chapters=${*:-$(cd "$repository/book" && ls ./*.ipynb | xargs -n1 basename -s .ipynb)}
+chapters=${*:-$(basename -s .ipynb "$repository"/book/*.ipynb)}
 
 if [ ! -e "$root/ready" ]; then
   debootstrap --variant=minbase --include=python3,python3-venv,python3-pip,python3-torch,git,ca-certificates \
     trixie "$root" https://deb.debian.org/debian
   cp /etc/resolv.conf "$root/etc/"
-  for file in /etc/ssl/certs/ca-certificates.crt; do cp -L "$file" "$root$file"; done
+  cp -L /etc/ssl/certs/ca-certificates.crt "$root/etc/ssl/certs/"
   chroot "$root" python3 -m venv --system-site-packages /opt/colab
   # What Colab has besides torch; numpy and torch are Debian's and stay.
   chroot "$root" env PIP_NO_CACHE_DIR=1 /opt/colab/bin/pip install --quiet \
