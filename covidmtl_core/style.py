@@ -178,14 +178,14 @@ def scrubber(figures: "Sequence[Figure]", labels: Sequence[str], alt: str) -> "H
         raise ValueError("a slider needs at least one figure.")
     first, images = len(figures) // 2, []
     for place, (figure, label) in enumerate(zip(figures, labels, strict=True)):
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
+        picture = io.BytesIO()
+        figure.savefig(picture, format="webp", pil_kwargs={"quality": 85})
         plt.close(figure)
         shown = "block" if place == first else "none"
         images.append(
             f'<img alt="{html.escape(alt)}" title="{html.escape(label)}" '
             f'style="display:{shown};max-width:100%;height:auto;margin:0 auto" '
-            f'src="data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}">'
+            f'src="data:image/webp;base64,{base64.b64encode(picture.getvalue()).decode()}">'
         )
     move = (
         "const box = this.closest('.scrubber'), all = box.querySelectorAll('img');"
