@@ -10,7 +10,7 @@ from covidmtl_core import style
 def test_scrubber_holds_every_picture_and_shows_the_middle_one() -> None:
     figures = [plt.figure(figsize=(1, 1)) for _ in range(3)]
     shown = style.scrubber(figures, ["one", "two & more", "three"], 'a "map"').data
-    assert shown.count("data:image/png;base64,") == 3 and 'max="2"' in shown
+    assert shown.count("data:image/webp;base64,") == 3 and 'max="2"' in shown
     assert shown.count("display:block") == 1 and "<output>two &amp; more</output>" in shown
     assert "a &quot;map&quot;" in shown
     assert not any(plt.fignum_exists(figure.number) for figure in figures)
