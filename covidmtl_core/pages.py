@@ -84,11 +84,13 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
         title, _, body = page.read_text(encoding="utf-8").partition("\n")
         claims.write_atomically(target / page.name, f"{title}\n\n{banner_html(tier)}\n{body}")
     glance = results_folder(tier, "scoreboard") / "at_a_glance.md"
-    text = (
-        glance.read_text() if glance.is_file() else "The scoreboard was not executed in this build."
-    )
+    text = "The scoreboard was not executed in this build."
+    if glance.is_file():
+        text = glance.read_text(encoding="utf-8")
+        shutil.copy(glance.with_suffix(".png"), target)
     claims.write_atomically(target / "at_a_glance.txt", text)
     claims.write_atomically(target / "contributed.txt", contributed(source / "contributed"))
+    claims.write_atomically(target / "executions.txt", executions(runs, chapters(source)))
     for name in chapters(source):
         executed = (runs / f"{name}.done").is_file()
         path = (runs if executed else source) / f"{name}.ipynb"
@@ -100,6 +102,23 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
         _fold_default_parameters(notebook["cells"])
         claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
     return target
+
+
+def executions(runs: Path, names: list[str]) -> str:
+    """When each chapter was executed and how long it took, as Markdown.
+
+    Args:
+        runs: The folder with the executed notebooks of one tier.
+        names: The chapters; those that were not executed are left out.
+    """
+    lines = ["| chapter | executed at (UTC) | seconds |", "|---|---|---|"]
+    for name in names:
+        if (runs / f"{name}.done").is_file():
+            notebook = json.loads((runs / f"{name}.ipynb").read_text(encoding="utf-8"))
+            run = notebook["metadata"]["papermill"]
+            when = run["start_time"][:16].replace("T", " ")
+            lines.append(f"| [{name}]({name}.ipynb) | {when} | {run['duration']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def contributed(folder: Path) -> str:

@@ -1,8 +1,8 @@
 """What Sphinx adds to the book's pages, so that the notebooks themselves stay plain Markdown.
 
-Outputs whose name begins with `tab-` are numbered as tables. Figures and tables say which cell of
-which commit drew them, from which data. A link `[figure](#fig-name)` shows the number. A glossary
-term is linked where a page uses it first.
+Outputs whose name begins with `tab-` are numbered as tables, formulas with a TeX label as
+equations. Figures and tables say which cell of which commit drew them, from which data. A link
+`[figure](#fig-name)` shows the number. A glossary term is linked where a page uses it first.
 """
 
 import re
@@ -20,6 +20,8 @@ from covidmtl_core.pages import address
 GLOSSARY = "glossary"
 _BANNER = re.compile(r'class="data-banner".*?<b>(.*?)\.</b>', re.S)
 _COMMIT = re.compile(r'id="provenance" data-commit="(.*?)"')
+_LABEL = re.compile(r"\\label\{(eq-[\w-]+)\}")
+_NUMBERED = {"figure": "figure", "table": "table", "equation": "displaymath"}
 _NOT_PROSE = (nodes.title, nodes.reference, nodes.literal, nodes.math, nodes.table, nodes.raw)
 
 
@@ -28,7 +30,7 @@ class DataTable(nodes.figure):
 
 
 class Numbered(SphinxTransform):
-    """Make tables of figures named so, and say below both where they come from."""
+    """Make tables of figures named so, say below both where they come from; label equations."""
 
     default_priority = 400
 
@@ -51,6 +53,13 @@ class Numbered(SphinxTransform):
                 table = DataTable("", *figure.children, **figure.attributes)
                 table.source, table.line = figure.source, figure.line
                 figure.replace_self(table)
+        for formula in self.document.findall(nodes.math_block):
+            if label := _LABEL.search(formula.astext()):
+                text = _LABEL.sub("", formula.astext())
+                formula.children = [nodes.Text(text)]
+                formula.update_basic_atts({"names": [label[1]]})
+                formula["label"], formula["number"] = label[1], 1
+                self.document.note_explicit_target(formula)
 
     def _origin(self, cell: nodes.container, commit: str, data: str) -> nodes.legend:
         page = f"{self.env.docname}.ipynb"
@@ -95,17 +104,18 @@ def _banner(raw: nodes.raw) -> str:
 
 
 def name_links(app: Sphinx, doctree: nodes.document, docname: str) -> None:
-    """Put the number into links to figures and tables that are called just that."""
+    """Put the number into links to figures, tables and equations that are called just that."""
     numbers = app.env.toc_fignumbers
     for link in doctree.findall(nodes.reference):
         text = link.astext().lower()
-        if text not in ("figure", "table"):
+        if text not in _NUMBERED:
             continue
         page, _, anchor = link.get("refuri", "").partition("#")
         page, anchor = page.removesuffix(".html") or docname, anchor or link.get("refid", "")
-        number = numbers.get(page, {}).get(text, {}).get(anchor)
+        number = numbers.get(page, {}).get(_NUMBERED[text], {}).get(anchor)
         if number:
-            shown = app.config.numfig_format[text] % ".".join(map(str, number))
+            form = app.config.numfig_format.get(text, "Eq. (%s)")
+            shown = form % ".".join(map(str, number))
             link.children = [nodes.inline("", shown)]
 
 

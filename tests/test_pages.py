@@ -43,7 +43,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("book")
     prose = (
         "# One\n\nA CT, ct, and CTs; Batch norms. The [figure](#fig-a), the [table](#tab-b), and"
-        " the [words](#fig-a).\n\n```\nBatch norm\n```"
+        " the [words](#fig-a).\n\n```\nBatch norm\n```\n\n$$\na = b \\label{eq-a}\n$$\n\n"
+        "By [equation](#eq-a)."
     )
     end = '<small id="provenance" data-commit="abc1234-dirty">Provenance.</small>'
     cells = [
@@ -60,6 +61,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "index.md").write_text("# All\n\n```{toctree}\n:numbered: 1\none\nglossary\n```\n")
     (folder / "conf.py").write_text(
         "extensions = ['myst_nb', 'covidmtl_core.sphinx_extension']\n"
+        "myst_enable_extensions = ['dollarmath']\n"
         "nb_execution_mode = 'off'\nnumfig = True\nnumfig_secnum_depth = 1\n"
     )
     command = [sys.executable, "-m", "sphinx", "-W", "-q", str(folder), str(folder / "html")]
@@ -77,6 +79,12 @@ def test_links_called_figure_or_table_show_the_number(built: str) -> None:
     assert re.search(link.format("fig-a", r"Fig\. 1\.1"), built)
     assert re.search(link.format("tab-b", r"Table 1\.1"), built)
     assert re.search(link.format("fig-a", "words"), built)
+
+
+def test_equations_are_numbered_and_linked(built: str) -> None:
+    assert re.search(r'id="eq-a">\s*<span class="eqno">\(1\.1\)', built)
+    assert re.search(r'href="#eq-a">(?:<span[^>]*>)*Eq\. \(1\.1\)', built)
+    assert r"\label" not in built
 
 
 def test_each_says_its_cell_commit_and_data(built: str) -> None:
