@@ -12,9 +12,10 @@ from collections.abc import Callable
 import numpy as np
 import SimpleITK as sitk
 
+from covidmtl_core._released_segmentation import refine
 from covidmtl_core.benchmarks import plain_segmentation as plain
 from covidmtl_core.benchmarks.recording import interleaved, record
-from covidmtl_core.phantom import draw_patient, make_phantom
+from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
 from covidmtl_core.segmentation import segment_lungs
 
 
@@ -36,6 +37,18 @@ def cases_of(image: sitk.Image, masks: dict[str, np.ndarray]) -> dict[str, Calla
         return lambda: masks.update({name: methods[name](image)})
 
     return {name: keep(name) for name in methods}
+
+
+def refining_cases(
+    scan: Phantom, masks: dict[str, np.ndarray], n_jobs: int | None = None
+) -> dict[str, Callable[[], None]]:
+    """Algorithm 1 from where its snakes start, at the true lungs; at 1 mm."""
+    volume = np.clip(sitk.GetArrayFromImage(scan.image) + 1024, 0, 4095).astype(np.int16)
+    lungs = sitk.GetArrayFromImage(scan.lungs) > 0
+    return {
+        "plain": lambda: masks.update(plain=plain.refine(volume, lungs)),
+        "released": lambda: masks.update(released=refine(volume, lungs, n_jobs)),
+    }
 
 
 def main(rounds: int) -> None:

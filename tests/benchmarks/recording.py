@@ -5,12 +5,16 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pandas as pd
+import torch
 
 from covidmtl_core import book
 
@@ -19,6 +23,9 @@ WARM = {
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "268435456",
 }
+
+
+_CPU = torch.profiler.ProfilerActivity.CPU
 
 
 def with_warm_allocator() -> None:
@@ -75,6 +82,60 @@ def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
     shares = times.drop(columns=base).div(times[base], axis=0)
     found = shares.quantile([0.5, 0.25, 0.75]).T
     return found.set_axis(["ratio", "low", "high"], axis=1)
+
+
+def share_of(call: Callable[[], Any], *functions: tuple[ModuleType, str]) -> float:
+    """The share of a call's processor time that functions below it take, all threads together.
+
+    Args:
+        call: What to run, once, after one run that is not counted.
+        functions: Module and name of each; none is called by another, nor at the same time.
+    """
+    spent = 0.0
+
+    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*given: Any, **options: Any) -> Any:
+            nonlocal spent
+            start = time.process_time()
+            try:
+                return function(*given, **options)
+            finally:
+                spent += time.process_time() - start
+
+        return run
+
+    call()
+    with ExitStack() as stack:
+        for module, name in functions:
+            timer = timed(getattr(module, name))
+            stack.enter_context(mock.patch.object(module, name, timer))
+        start = time.process_time()
+        call()
+        return spent / (time.process_time() - start)
+
+
+def convolutions_share(call: Callable[[], Any]) -> float:
+    """The share of a call's processor time that PyTorch spends in convolutions."""
+    call()
+    with _without_stderr(), torch.profiler.profile(activities=[_CPU]) as profiler:
+        call()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    return sum(t for key, t in times.items() if "conv" in key) / sum(times.values())
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """PyTorch's profiler announces itself there, past Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def record(name: str, figures: dict[str, Any], packages: tuple[str, ...], device: str = "") -> None:
