@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 import torch
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -432,9 +433,7 @@ class _Body:
 
     def _rasterise(self, capsules: NDArray[Any]) -> Tensor:
         """How much of each voxel the capsules (from w v u, to w v u, radius) fill, 0 to 1."""
-        filled = torch.zeros(self.size, dtype=torch.float16, device=self.device)
-        if not len(capsules):
-            return filled
+        filled = np.zeros(self.size, np.float32)
         voxel = float(self.spacing.mean())
         first = np.array([axis[0].item() for axis in self.axes])
         start, end = self.place(capsules[:, :3]), self.place(capsules[:, 3:6])
@@ -443,24 +442,8 @@ class _Body:
         low = np.ceil((np.minimum(start, end) - margin - first) / self.spacing).astype(int)
         high = np.floor((np.maximum(start, end) + margin - first) / self.spacing).astype(int) + 1
         low, high = np.clip(low, 0, self.size), np.clip(high, 0, self.size)
-        for a, b, r, lo, hi in zip(start, end, radius, low, high, strict=True):
-            if (hi <= lo).any():
-                continue
-            box = tuple(slice(i, j) for i, j in zip(lo, hi, strict=True))
-            z, y, x = (
-                self.axes[k][box[k]].view([-1 if j == k else 1 for j in range(3)]) - float(a[k])
-                for k in range(3)
-            )
-            d = [float(c) for c in b - a]
-            along = (z * d[0] + y * d[1] + x * d[2]) / max(sum(c * c for c in d), 1e-6)
-            along = along.clamp(0, 1)
-            distance = (
-                (z - along * d[0]) ** 2 + (y - along * d[1]) ** 2 + (x - along * d[2]) ** 2
-            ).sqrt()
-            thin = min(1.0, (2 * r / voxel) ** 2)
-            share = ((r - distance) / voxel + 0.5).clamp(0, 1) * thin
-            torch.maximum(filled[box], share.half(), out=filled[box])
-        return filled
+        _fill(filled, *(a.cpu().numpy() for a in self.axes), start, end, radius, low, high, voxel)
+        return torch.from_numpy(filled).half().to(self.device)
 
     def _acquire(self, hu: Tensor) -> Tensor:
         """Blur of the scanner, correlated noise, padding outside the round field of view."""
@@ -475,6 +458,41 @@ class _Body:
             y, x = self.axes[1][:, None], self.axes[2][None, :]
             hu[:, (y**2 + x**2).sqrt() > p.field_of_view / 2] = float(p.padding)
         return hu.to(torch.int16)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _fill(
+    filled: NDArray[np.float32],
+    z: NDArray[np.float32],
+    y: NDArray[np.float32],
+    x: NDArray[np.float32],
+    starts: NDArray[np.float64],
+    ends: NDArray[np.float64],
+    radii: NDArray[np.float64],
+    lows: NDArray[np.int64],
+    highs: NDArray[np.int64],
+    voxel: float,
+) -> None:
+    """Raise voxels between `lows` and `highs` to what each capsule fills of them."""
+    one, half, zero = np.float32(1), np.float32(0.5), np.float32(0)
+    size = np.float32(voxel)
+    for c in range(len(starts)):
+        a, d = starts[c], ends[c] - starts[c]
+        length2 = np.float32(max(d[0] * d[0] + d[1] * d[1] + d[2] * d[2], 1e-6))
+        a0, a1, a2 = np.float32(a[0]), np.float32(a[1]), np.float32(a[2])
+        d0, d1, d2 = np.float32(d[0]), np.float32(d[1]), np.float32(d[2])
+        radius = np.float32(radii[c])
+        thin = np.float32(min(1.0, (2 * radii[c] / voxel) ** 2))
+        for i in range(lows[c, 0], highs[c, 0]):
+            for j in range(lows[c, 1], highs[c, 1]):
+                for k in range(lows[c, 2], highs[c, 2]):
+                    z0, y0, x0 = z[i] - a0, y[j] - a1, x[k] - a2
+                    along = (z0 * d0 + y0 * d1 + x0 * d2) / length2
+                    along = min(max(along, zero), one)
+                    z1, y1, x1 = z0 - along * d0, y0 - along * d1, x0 - along * d2
+                    distance = np.sqrt(z1 * z1 + y1 * y1 + x1 * x1)
+                    share = min(max((radius - distance) / size + half, zero), one) * thin
+                    filled[i, j, k] = max(filled[i, j, k], share)
 
 
 class _Field:

@@ -85,11 +85,11 @@ def test_second_run_has_nothing_to_do(phantom_book: Path, repository: Path) -> N
     again = snakemake(repository / "book", phantom_book, "tier=phantom")
     assert again.returncode == 0
     assert "Nothing to be done" in again.stderr
-    other = phantom_book / "results" / "phantom" / "diagnosis" / "claims.json"
+    other = phantom_book / "results" / "phantom" / "feature_analysis" / "claims.json"
     before = other.read_text()
     other.write_text(before.replace('"n_trees": 100', '"n_trees": 99'))
     third = snakemake(repository / "book", phantom_book, "tier=phantom")
-    assert "Executing diagnosis" in third.stderr and "Executing cohort" not in third.stderr
+    assert "Executing feature_analysis" in third.stderr and "Executing cohort" not in third.stderr
     assert '"n_trees": 100' in other.read_text(), "results of another run are not published"
 
 
