@@ -442,7 +442,8 @@ class _Body:
         low = np.ceil((np.minimum(start, end) - margin - first) / self.spacing).astype(int)
         high = np.floor((np.maximum(start, end) + margin - first) / self.spacing).astype(int) + 1
         low, high = np.clip(low, 0, self.size), np.clip(high, 0, self.size)
-        _fill(filled, *(a.cpu().numpy() for a in self.axes), start, end, radius, low, high, voxel)
+        z, y, x = (axis.cpu().numpy() for axis in self.axes)
+        _fill(filled, z, y, x, start, end, radius, low, high, voxel)
         return torch.from_numpy(filled).half().to(self.device)
 
     def _acquire(self, hu: Tensor) -> Tensor:
