@@ -28,8 +28,8 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
-	  $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadscope \
-	  tests covidmtl_core --nbval-lax --nbval-current-env book
+	  $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
+	  tests/notebooks tests covidmtl_core --nbval-lax --nbval-current-env book
 
 # Execute the chapters at their smoke sizes and keep the outputs that the tests check.
 notebooks: $(READY)

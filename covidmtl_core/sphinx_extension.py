@@ -60,6 +60,20 @@ class Numbered(SphinxTransform):
                 formula.update_basic_atts({"names": [label[1]]})
                 formula["label"], formula["number"] = label[1], 1
                 self.document.note_explicit_target(formula)
+        self._unlink_what_was_not_drawn()
+
+    def _unlink_what_was_not_drawn(self) -> None:
+        """Leave the word where a cell's figure or table is not there, as in a page not executed."""
+        cells = (
+            c["cell_metadata"]
+            for c in self.document.findall(nodes.container)
+            if c.get("cell_metadata")
+        )
+        promised = {cell.get("mystnb", {}).get("figure", {}).get("name") for cell in cells}
+        for link in list(self.document.findall(nodes.reference)):
+            target = link.get("refuri", "#")[1:]
+            if link.get("id_link") and target in promised - set(self.document.nameids):
+                link.replace_self(link.children)
 
     def _origin(self, cell: nodes.container, commit: str, data: str) -> nodes.legend:
         page = f"{self.env.docname}.ipynb"

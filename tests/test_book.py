@@ -134,11 +134,16 @@ def test_assembly_puts_the_banner_on_every_page(repository, results, tmp_path) -
         text = (target / f"{name}.ipynb").read_text()
         assert "not executed in this build" in text
     executed = json.loads((source / "cohort.ipynb").read_text())
+    executed["metadata"]["papermill"] = {"start_time": "2026-11-28T02:48:18", "duration": 3.4}
     (runs / "cohort.ipynb").write_text(json.dumps(executed))
     assert "not executed" in (pages.assemble(source, runs, "phantom") / "cohort.ipynb").read_text()
     (runs / "cohort.done").touch()
     target = pages.assemble(source, runs, "phantom")
     assert "not executed" not in (target / "cohort.ipynb").read_text()
+    assert (
+        "| [cohort](cohort.ipynb) | 2026-11-28 02:48 | 3 |"
+        in (target / "executions.txt").read_text()
+    )
 
 
 def test_failures_say_where_to_look(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
     prose = (
         "# One\n\nA CT, ct, and CTs; Batch norms. The [figure](#fig-a), the [table](#tab-b), and"
         " the [words](#fig-a).\n\n```\nBatch norm\n```\n\n$$\na = b \\label{eq-a}\n$$\n\n"
-        "By [equation](#eq-a)."
+        "By [equation](#eq-a), not by a [figure](#fig-none)."
     )
     end = '<small id="provenance" data-commit="abc1234-dirty">Provenance.</small>'
     cells = [
@@ -52,6 +52,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> str:
         code("start()", book.banner_html("released")),
         code("draw()", "<p>drawn</p>", "fig-a"),
         code("count()", "<p>counted</p>", "tab-b"),
+        code("draw()", "", "fig-none") | {"outputs": []},
         code("finish()", end),
     ]
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
@@ -85,6 +86,10 @@ def test_equations_are_numbered_and_linked(built: str) -> None:
     assert re.search(r'id="eq-a">\s*<span class="eqno">\(1\.1\)', built)
     assert re.search(r'href="#eq-a">(?:<span[^>]*>)*Eq\. \(1\.1\)', built)
     assert r"\label" not in built
+
+
+def test_a_figure_that_was_not_drawn_is_not_linked(built: str) -> None:
+    assert "not by a figure." in built
 
 
 def test_each_says_its_cell_commit_and_data(built: str) -> None:
