@@ -17,7 +17,6 @@ from typing import Any
 import pandas as pd
 
 from covidmtl_core.errors import ClaimError
-from covidmtl_core.evaluation import exact_interval
 from covidmtl_core.fetch import load_manifest
 
 KINDS = ("result", "cohort", "setting")
@@ -495,6 +494,8 @@ def confidence(claim: Claim, record: Record | None) -> str:
         parts += [f"other patients: {patients}"] if patients else []
         return "; ".join(parts) or "counted"
     if claim.check.get("rule") == "count" and counts_behind(claim):
+        from covidmtl_core.evaluation import exact_interval  # scikit-learn takes half a second
+
         low, high = exact_interval(counts_behind(claim)[0], claim.check["n"])
         interval = printed_range(claim, 100 * low, 100 * high)
         return f"not measured; {_count(claim).reason.split(' prints')[0]}: {interval}"

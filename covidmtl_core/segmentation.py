@@ -139,14 +139,26 @@ def _at_one_mm(hu: NDArray[Any], spacing: Sequence[float], method: str, n_jobs: 
     volume += np.int16(1024)
     shape = volume.shape
     if not np.allclose(spacing, 1, atol=1e-4):
-        scale = np.round(np.multiply(shape, spacing)) / shape
-        volume = np.maximum(ndimage.zoom(volume, scale, order=3, mode="nearest"), 0)
+        volume = np.maximum(_zoomed(volume, np.round(np.multiply(shape, spacing)).astype(int)), 0)
     mask = released.classical(volume)
     if method == "released":
         mask = released.refine(volume, mask, n_jobs)
     if mask.shape != shape:
         mask = ndimage.zoom(mask, np.divide(shape, mask.shape), order=0, mode="nearest")
     return mask
+
+
+def _zoomed(volume: NDArray[np.int16], shape: Sequence[int]) -> NDArray[np.int16]:
+    """What `ndimage.zoom` gives with cubic splines, axis by axis: far fewer operations."""
+    along = [
+        ndimage.zoom(np.eye(old), (new / old, 1), order=3, mode="nearest")
+        for old, new in zip(volume.shape, shape, strict=True)
+    ]
+    partly = np.einsum("zk,yj,kjx->zyx", along[0], along[1], volume.astype(float), optimize=True)
+    zoomed = np.empty(shape, np.int16)
+    for plane, target in zip(partly, zoomed, strict=True):
+        target[:] = np.rint(plane @ along[2].T)
+    return zoomed
 
 
 # --- right and left -----------------------------------------------------------------------------
