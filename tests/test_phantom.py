@@ -8,7 +8,7 @@ import torch
 
 from covidmtl_core import baselines, cohort, ct, dicom, evaluation, phantom_cohort
 from covidmtl_core.errors import ParameterError
-from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
+from covidmtl_core.phantom import Phantom, _fill, draw_patient, make_phantom
 
 SIZE, SPACING = (85, 98, 98), 4.0
 
@@ -38,6 +38,23 @@ def test_body_and_lesions_are_the_same_on_another_grid(sick: Phantom) -> None:
             getattr(fine, name), coarse, sitk.Transform(), sitk.sitkNearestNeighbor
         )
         assert evaluation.overlap_metrics(array(again) > 0, array(coarse) > 0)["dice"] > least
+
+
+def test_capsules_fill_what_lies_within_their_radius() -> None:
+    rng, voxel, size = np.random.default_rng(0), 2.0, (12, 14, 16)
+    axes = [np.arange(n, dtype=np.float32) * np.float32(voxel) for n in size]
+    (start, end), radius = rng.uniform(2, 20, (2, 5, 3)), rng.uniform(1, 4, 5)
+    filled, low = np.zeros(size, np.float32), np.zeros((5, 3), int)
+    _fill(filled, *axes, start, end, radius, low, low + size, voxel)  # type: ignore[call-arg, arg-type]
+    places = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
+    plain = np.zeros(filled.shape)
+    for a, b, r in zip(start, end, radius, strict=True):
+        t = np.clip((places - a) @ (b - a) / ((b - a) @ (b - a)), 0, 1)
+        far = np.linalg.norm(places - a - t[..., None] * (b - a), axis=-1)
+        share = np.clip((r - far) / voxel + 0.5, 0, 1) * min(1, (2 * r / voxel) ** 2)
+        plain = np.maximum(plain, share)
+    np.testing.assert_allclose(filled, plain, atol=1e-5)
+    assert 0.02 < filled.mean() < 0.9
 
 
 def test_truth_is_anatomy(sick: Phantom) -> None:

@@ -11,7 +11,7 @@ from covidmtl_core import ct, evaluation
 from covidmtl_core.benchmarks import plain_segmentation as plain
 from covidmtl_core.errors import DataError, ParameterError
 from covidmtl_core.phantom import Phantom, draw_patient, make_phantom
-from covidmtl_core.segmentation import LEFT, RIGHT, segment_lungs
+from covidmtl_core.segmentation import LEFT, RIGHT, _zoomed, segment_lungs
 
 SIZE, SPACING = (136, 156, 156), 2.5
 
@@ -227,3 +227,11 @@ def test_real_series_have_two_whole_lungs_on_their_sides(ct_folder: Path, name: 
     inside = array(segment_lungs(image))[middle] > 0
     enclosed = ndimage.binary_fill_holes(array(image)[middle] > -300) & air[middle]
     assert (inside & enclosed).sum() > 0.93 * enclosed.sum()
+
+
+@pytest.mark.parametrize("shape", [(40, 30, 50), (9, 41, 25), (20, 20, 20)])
+def test_a_scan_reaches_1_mm_by_the_splines_of_scipy(shape: tuple[int, int, int]) -> None:
+    volume = np.random.default_rng(0).integers(0, 4095, (20, 20, 25)).astype(np.int16)
+    scale = np.divide(shape, volume.shape)
+    expected = ndimage.zoom(volume, scale, order=3, mode="nearest")
+    assert np.array_equal(_zoomed(volume, shape), expected)
