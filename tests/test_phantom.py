@@ -45,7 +45,7 @@ def test_capsules_fill_what_lies_within_their_radius() -> None:
     axes = [np.arange(n, dtype=np.float32) * np.float32(voxel) for n in size]
     (start, end), radius = rng.uniform(2, 20, (2, 5, 3)), rng.uniform(1, 4, 5)
     filled, low = np.zeros(size, np.float32), np.zeros((5, 3), int)
-    _fill(filled, *axes, start, end, radius, low, low + size, voxel)  # type: ignore[call-arg, arg-type]
+    _fill(filled, *axes, start, end, radius, low, low + size, voxel)
     places = np.stack(np.meshgrid(*axes, indexing="ij"), -1)
     plain = np.zeros(filled.shape)
     for a, b, r in zip(start, end, radius, strict=True):
