@@ -28,7 +28,8 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
-	  $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
+	  $(BIN)/pytest --numprocesses $$($(BIN)/python -c "import os; print(min(4, os.cpu_count() + 1))") \
+	  --dist loadscope --no-loadscope-reorder \
 	  tests/notebooks tests covidmtl_core --nbval-lax --nbval-current-env book
 
 # Execute the chapters at their smoke sizes and keep the outputs that the tests check.
