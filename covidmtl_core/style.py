@@ -112,7 +112,7 @@ def lung_surfaces(labels: "NDArray[Any]", spacing_mm: float, step_mm: float = 5.
 
     figure = go.Figure()
     step = max(1, round(step_mm / spacing_mm))
-    for label, name, colour in ((1, "right lung", "orange"), (2, "left lung", "sky")):
+    for label, name, colour in ((1, "right lung", "blue"), (2, "left lung", "green")):
         mask = np.pad(labels == label, 3 * step).astype(np.float32)
         if not mask.any():
             continue
