@@ -16,7 +16,7 @@ RADIOMICS_VERSION := 3.0.1
 .PHONY: book test notebooks phantoms clean
 
 book: $(READY)
-	@echo "Executing and rendering the book. Without CONFIG: about 14 minutes on 2 cores with the released"
+	@echo "Executing and rendering the book. Without CONFIG: about 15 minutes on 2 cores with the released"
 	@echo "data, 4 minutes on phantoms, seconds if nothing changed; 50 MB in _build, _runs and results."
 	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
 	  --profile book/profiles/$(PROFILE) $(if $(CONFIG),--configfile $(CONFIG)) $(if $(SET),--config $(SET))
