@@ -17,7 +17,7 @@ RADIOMICS_VERSION := 3.0.1
 
 book: $(READY)
 	@echo "Executing and rendering the book. Without CONFIG: about 15 minutes on 2 cores with the released"
-	@echo "data, 4 minutes on phantoms, seconds if nothing changed; 50 MB in _build, _runs and results."
+	@echo "data, 4 minutes on phantoms, seconds if nothing changed; 300 MB in _build, _runs and results."
 	@PATH="$(BIN):$$PATH" snakemake --snakefile book/Snakefile \
 	  --profile book/profiles/$(PROFILE) $(if $(CONFIG),--configfile $(CONFIG)) $(if $(SET),--config $(SET))
 	@echo "The book is at _build/html/index.html"
@@ -28,8 +28,7 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 LOKY_MAX_CPU_COUNT=1 COVIDMTL_RESULTS=$$(mktemp -d) PATH="$(BIN):$$PATH" \
-	  $(BIN)/pytest --numprocesses $$($(BIN)/python -c "import os; print(min(4, os.cpu_count() + 1))") \
-	  --dist loadscope --no-loadscope-reorder \
+	  $(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadscope --no-loadscope-reorder \
 	  tests/notebooks tests covidmtl_core --nbval-lax --nbval-current-env book
 
 # Execute the chapters at their smoke sizes and keep the outputs that the tests check.
