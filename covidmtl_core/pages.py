@@ -90,35 +90,23 @@ def assemble(source: Path, runs: Path, tier: str) -> Path:
         shutil.copy(glance.with_suffix(".png"), target)
     claims.write_atomically(target / "at_a_glance.txt", text)
     claims.write_atomically(target / "contributed.txt", contributed(source / "contributed"))
-    claims.write_atomically(target / "executions.txt", executions(runs, chapters(source)))
+    executions = ["| chapter | executed at (UTC) | seconds |", "|---|---|---|"]
     for name in chapters(source):
         executed = (runs / f"{name}.done").is_file()
         path = (runs if executed else source) / f"{name}.ipynb"
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        if not executed:
+        if executed:
+            run = notebook["metadata"]["papermill"]
+            when = run["start_time"][:16].replace("T", " ")
+            executions.append(f"| [{name}]({name}.ipynb) | {when} | {run['duration']:.0f} |")
+        else:
             note = "```{warning}\nThis chapter was not executed in this build.\n```"
             cell = {"cell_type": "markdown", "id": "not-executed", "metadata": {}, "source": note}
             notebook["cells"].insert(1, cell)
         _fold_default_parameters(notebook["cells"])
         claims.write_atomically(target / f"{name}.ipynb", json.dumps(notebook))
+    claims.write_atomically(target / "executions.txt", "\n".join(executions) + "\n")
     return target
-
-
-def executions(runs: Path, names: list[str]) -> str:
-    """When each chapter was executed and how long it took, as Markdown.
-
-    Args:
-        runs: The folder with the executed notebooks of one tier.
-        names: The chapters; those that were not executed are left out.
-    """
-    lines = ["| chapter | executed at (UTC) | seconds |", "|---|---|---|"]
-    for name in names:
-        if (runs / f"{name}.done").is_file():
-            notebook = json.loads((runs / f"{name}.ipynb").read_text(encoding="utf-8"))
-            run = notebook["metadata"]["papermill"]
-            when = run["start_time"][:16].replace("T", " ")
-            lines.append(f"| [{name}]({name}.ipynb) | {when} | {run['duration']:.0f} |")
-    return "\n".join(lines) + "\n"
 
 
 def contributed(folder: Path) -> str:

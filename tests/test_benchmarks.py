@@ -39,7 +39,7 @@ def test_ratios_are_of_the_same_round() -> None:
 
 def test_a_share_is_that_of_the_part_and_leaves_it_as_it_was() -> None:
     here, before = sys.modules[__name__], part
-    assert recording.share_of(whole, (here, "part")) == pytest.approx(0.75, abs=0.15)
+    assert recording.share_of(whole, here, "part") == pytest.approx(0.75, abs=0.15)
     assert part is before
 
 

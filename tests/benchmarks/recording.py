@@ -6,7 +6,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -84,31 +84,26 @@ def ratios(times: pd.DataFrame, base: str) -> pd.DataFrame:
     return found.set_axis(["ratio", "low", "high"], axis=1)
 
 
-def share_of(call: Callable[[], Any], *functions: tuple[ModuleType, str]) -> float:
-    """The share of a call's processor time that functions below it take, all threads together.
+def share_of(call: Callable[[], Any], module: ModuleType, name: str) -> float:
+    """The share of a call's processor time that a function below it takes, all threads together.
 
     Args:
         call: What to run, once, after one run that is not counted.
-        functions: Module and name of each; none is called by another, nor at the same time.
+        module: Where the function is.
+        name: Of the function; it must neither call itself nor run twice at the same time.
     """
-    spent = 0.0
+    function, spent = getattr(module, name), 0.0
 
-    def timed(function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*given: Any, **options: Any) -> Any:
-            nonlocal spent
-            start = time.process_time()
-            try:
-                return function(*given, **options)
-            finally:
-                spent += time.process_time() - start
-
-        return run
+    def timed(*given: Any, **options: Any) -> Any:
+        nonlocal spent
+        start = time.process_time()
+        try:
+            return function(*given, **options)
+        finally:
+            spent += time.process_time() - start
 
     call()
-    with ExitStack() as stack:
-        for module, name in functions:
-            timer = timed(getattr(module, name))
-            stack.enter_context(mock.patch.object(module, name, timer))
+    with mock.patch.object(module, name, timed):
         start = time.process_time()
         call()
         return spent / (time.process_time() - start)
